@@ -1,0 +1,1 @@
+"""What can be run: every job parses, reads, transforms and writes."""
