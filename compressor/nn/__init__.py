@@ -1,0 +1,1 @@
+"""Layers that both stages are composed of."""

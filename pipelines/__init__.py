@@ -1,0 +1,1 @@
+"""What the data is and how it changes: tables, days, domain files, DataFrame -> DataFrame functions."""

@@ -1,0 +1,117 @@
+"""Read a table of the lake, replace some days of it, without a JVM."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, DeltaTable, write_deltalake
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+
+from pipelines.days import Days
+from pipelines.errors import InputError, RetryableError
+from pipelines.tables import Table
+
+MAX_TRIES = 8
+
+
+def uri(lake: str, table: Table) -> str:
+    """Where the table is: a path or an object-store URI below the lake."""
+    return f"{lake.rstrip('/')}/{table.name}"
+
+
+def exists(lake: str, table: Table) -> bool:
+    return DeltaTable.is_deltatable(uri(lake, table))
+
+
+def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTable:
+    """The table at a version (None: the newest)."""
+    try:
+        return DeltaTable(uri(lake, table), version=version)
+    except TableNotFoundError as error:
+        raise InputError(f"the lake {lake} has no table {table.name}; run the job that writes it first") from error
+
+
+def read(
+    lake: str,
+    table: Table,
+    days: Days | None = None,
+    *,
+    columns: Sequence[str] | None = None,
+    line: str | None = None,
+    version: int | None = None,
+) -> pa.Table:
+    """The rows of `days` (None: all), in the table's order; `line` keeps one compressor line."""
+    filters: list[tuple[str, str, Any]] = []
+    if days is not None:
+        filters += [("event_date", ">=", days.start), ("event_date", "<", days.end)]
+    if line is not None:
+        filters.append(("compressor_line", "=", line))
+    dataset = open_table(lake, table, version).to_pyarrow_dataset()
+    wanted = list(columns) if columns is not None else list(table.schema.names)
+    order = [c for c in ("event_date", *table.sort_by) if c in table.schema.names]
+    hidden = [c for c in order if c not in wanted]
+    expression = _expression(filters)
+    rows = dataset.to_table(columns=[*wanted, *hidden], filter=expression)
+    rows = rows.sort_by([(c, "ascending") for c in order]) if order else rows
+    schema = pa.schema([table.schema.field(c) for c in wanted])
+    return rows.select(wanted).cast(schema)
+
+
+def replace(
+    lake: str,
+    table: Table,
+    rows: pa.Table,
+    days: Days | None,
+    *,
+    commit: Mapping[str, str],
+    line: str | None = None,
+) -> int:
+    """Make `rows` the whole content of `days` (of one line); running it twice changes nothing. Returns the version."""
+    where = uri(lake, table)
+    if not DeltaTable.is_deltatable(where):
+        _create(where, table)
+    clauses = [days.predicate()] if days is not None else []
+    if line is not None:
+        clauses.append("compressor_line = '{}'".format(line.replace("'", "''")))
+    ordered = rows.select(table.schema.names).cast(table.schema)
+    if table.sort_by:
+        ordered = ordered.sort_by([(c, "ascending") for c in (*table.partition_by, *table.sort_by)])
+    properties = CommitProperties(custom_metadata={"iat": json.dumps(dict(commit), sort_keys=True)})
+    for attempt in range(MAX_TRIES):
+        try:
+            write_deltalake(
+                where, ordered, mode="overwrite", predicate=" AND ".join(clauses) or None, commit_properties=properties,
+            )
+            return DeltaTable(where).version()
+        except CommitFailedError as error:
+            if attempt + 1 == MAX_TRIES:
+                raise RetryableError(f"another writer kept winning {table.name} {days}: {error}") from error
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311
+        except OSError as error:
+            raise RetryableError(f"could not write {table.name} {days}: {error}") from error
+    raise AssertionError("unreachable")
+
+
+def _create(where: str, table: Table) -> None:
+    """The empty table first, so that the predicate guards the first write too; losing the race to create it is fine."""
+    try:
+        DeltaTable.create(where, table.schema, mode="error", partition_by=list(table.partition_by))
+    except (DeltaError, CommitFailedError):
+        if not DeltaTable.is_deltatable(where):
+            raise
+
+
+def _expression(filters: list[tuple[str, str, Any]]) -> Any:
+    import pyarrow.dataset as ds
+
+    expression = None
+    for name, operator, value in filters:
+        column = ds.field(name)
+        clause = {"=": column == value, ">=": column >= value, "<": column < value}[operator]
+        expression = clause if expression is None else expression & clause
+    return expression

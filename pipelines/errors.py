@@ -1,0 +1,13 @@
+"""The errors that a command turns into an exit code instead of a traceback."""
+
+
+class InputError(Exception):
+    """The input or the environment is wrong: says what was needed, what came, what to do. Exit code 2."""
+
+
+class RetryableError(Exception):
+    """A fault that may pass (a lost race, a full disk, a cut connection): worth retrying. Exit code 3."""
+
+
+class CheckFailedError(Exception):
+    """A check ran and did not hold. Exit code 1."""
