@@ -70,14 +70,20 @@ def replace(
     *,
     commit: Mapping[str, str],
     line: str | None = None,
+    where: str | None = None,
 ) -> int:
-    """Make `rows` the whole content of `days` (of one line); running it twice changes nothing. Returns the version."""
-    where = uri(lake, table)
-    if not DeltaTable.is_deltatable(where):
-        _create(where, table)
+    """Make `rows` the whole content of `days` (of one line, or of a predicate `where`). Returns the version.
+
+    Running it twice changes nothing.
+    """
+    place = uri(lake, table)
+    if not DeltaTable.is_deltatable(place):
+        _create(place, table)
     clauses = [days.predicate()] if days is not None else []
     if line is not None:
         clauses.append("compressor_line = '{}'".format(line.replace("'", "''")))
+    if where is not None:
+        clauses.append(where)
     ordered = rows.select(table.schema.names).cast(table.schema)
     if table.sort_by:
         ordered = ordered.sort_by([(c, "ascending") for c in (*table.partition_by, *table.sort_by)])
@@ -85,9 +91,9 @@ def replace(
     for attempt in range(MAX_TRIES):
         try:
             write_deltalake(
-                where, ordered, mode="overwrite", predicate=" AND ".join(clauses) or None, commit_properties=properties,
+                place, ordered, mode="overwrite", predicate=" AND ".join(clauses) or None, commit_properties=properties,
             )
-            return DeltaTable(where).version()
+            return DeltaTable(place).version()
         except CommitFailedError as error:
             if attempt + 1 == MAX_TRIES:
                 raise RetryableError(f"another writer kept winning {table.name} {days}: {error}") from error
