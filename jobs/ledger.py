@@ -1,0 +1,201 @@
+"""One row of `job_reports` per job run: what it did, for how long, on what.
+
+The figures are those of papers/resource_metrics.md that one machine can measure; a missing one says
+why. The only clock of the toolkit: when a run started is a measured fact of it, and no other stored
+value depends on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import resource
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines import delta, tables
+from pipelines.errors import RetryableError
+
+log = logging.getLogger(__name__)
+
+PACKAGES = (
+    "instance-as-token",
+    "torch",
+    "pyspark",
+    "delta-spark",
+    "deltalake",
+    "pyarrow",
+    "numpy",
+    "duckdb",
+)
+
+
+@dataclass(slots=True)
+class Run:
+    """A job run being measured; the job adds what only it knows: rows, bytes, further figures."""
+
+    job: str
+    run: str
+    rows: int | None = None
+    bytes: int | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, *, rows: int = 0, num_bytes: int = 0) -> None:
+        """Count `rows` more instances and `num_bytes` more bytes stored for them."""
+        self.rows = (self.rows or 0) + rows
+        self.bytes = (self.bytes or 0) + num_bytes
+
+
+@contextmanager
+def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
+    """Measures the block and writes its row, also when the block fails; a dry run writes nothing.
+
+    A ledger that cannot be written is logged and never fails a job whose own work is done.
+    """
+    run = Run(name, uuid.uuid4().hex)
+    started, start_s, start_cpu_s = datetime.now(UTC), time.perf_counter(), time.process_time()
+    error: str | None = None
+    try:
+        yield run
+    except BaseException as caught:
+        error = f"{type(caught).__name__}: {caught}"[:2000]
+        raise
+    finally:
+        wall_s = time.perf_counter() - start_s
+        report = _report(run, _plain(args), error, wall_s, time.process_time() - start_cpu_s)
+        if not getattr(args, "dry_run", False):
+            _write(lake, run, started, wall_s, report)
+
+
+def table_sizes(lake: str, *declared: tables.Table) -> list[dict[str, Any]]:
+    """Rows, bytes and files of each table that exists, as `{"table", "rows", "bytes", "files"}`."""
+    found = []
+    for table in declared:
+        if delta.exists(lake, table):
+            actions = delta.open_table(lake, table).get_add_actions(flatten=True)
+            files = pa.table(actions).to_pydict()
+            sizes = files["size_bytes"]
+            rows = sum(count or 0 for count in files["num_records"])
+            found.append(
+                {"table": table.name, "rows": rows, "bytes": sum(sizes), "files": len(sizes)}
+            )
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on: cores, memory, system, and the GPU if torch sees one."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    torch = sys.modules.get("torch")
+    has_gpu = torch is not None and torch.cuda.is_available()
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": memory,
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": torch.cuda.get_device_name() if torch is not None and has_gpu else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of every package that shapes results, where installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_rss_bytes() -> int:
+    """Most memory this process and each of its children (Spark's JVM) held; peaks are added up."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak + sum(_children_peaks(os.getpid()))
+
+
+def _children_peaks(pid: int) -> Iterator[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(entry.read_text().rpartition(")")[2].split()[1])
+        except (OSError, ValueError, IndexError):
+            continue  # it ended meanwhile
+        parents.setdefault(parent, []).append(int(entry.parent.name))
+    waiting = parents.get(pid, [])
+    while waiting:
+        child = waiting.pop()
+        waiting += parents.get(child, [])
+        try:
+            status = Path(f"/proc/{child}/status").read_text()
+        except OSError:
+            continue
+        yield from (int(x.split()[1]) * 1024 for x in status.splitlines() if x.startswith("VmHWM"))
+
+
+def _report(run: Run, args: Any, error: str | None, wall_s: float, cpu_s: float) -> dict[str, Any]:
+    torch = sys.modules.get("torch")
+    has_gpu = torch is not None and torch.cuda.is_available()
+    gpu_bytes = torch.cuda.max_memory_allocated() if torch is not None and has_gpu else None
+    missing = {
+        "rows": "the job counts no rows" if run.rows is None else "",
+        "bytes_per_instance": "" if run.bytes and run.rows else "nothing stored per instance",
+        "peak_gpu_bytes": "" if has_gpu else "no GPU in use",
+    }
+    return {
+        "job": run.job,
+        "run": run.run,
+        "args": args,
+        "status": "failed" if error else "done",
+        "error": error,
+        "rows": run.rows,
+        "bytes": run.bytes,
+        "bytes_per_instance": run.bytes / run.rows if run.bytes and run.rows else None,
+        "rows_per_s": run.rows / wall_s if run.rows else None,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_gpu_bytes": gpu_bytes,
+        "machine": machine(),
+        "versions": versions(),
+        "figures": run.figures,
+        "missing": [{"metric": k, "reason": v} for k, v in missing.items() if v],
+    }
+
+
+def _write(
+    lake: str, run: Run, started: datetime, wall_s: float, report: Mapping[str, Any]
+) -> None:
+    table = tables.job_reports()
+    row = {
+        "run_date": started.date(),
+        "job": run.job,
+        "run": run.run,
+        "started": started,
+        "wall_s": wall_s,
+        "report": json.dumps(report, sort_keys=True, default=str),
+    }
+    # The predicate names this run alone: a race costs a retry and never another run's row.
+    where = f"run_date = '{started.date()}' AND run = '{run.run}'"
+    try:
+        rows = pa.Table.from_pylist([row], schema=table.schema)
+        delta.replace(lake, table, rows, None, commit={"job": run.job, "run": run.run}, where=where)
+    except (RetryableError, OSError) as error:
+        log.warning("this run is not in the ledger: %s", error)
+
+
+def _plain(args: object) -> Any:
+    if dataclasses.is_dataclass(args) and not isinstance(args, type):
+        return dataclasses.asdict(args)
+    return args
