@@ -1,0 +1,1 @@
+"""Stage 2: tokens fetched by timestamp, and the rankers that read them."""
