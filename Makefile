@@ -1,0 +1,34 @@
+# Everything runs from a fresh clone: each target sets up what is missing first.
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check lock
+
+# The first Python that is new enough.
+PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.14 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## the environment in .venv: packages, Java if there is none, Delta's jars
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "set-up: Python 3.11 or newer is needed, and this machine has $$(python3 --version 2>/dev/null || echo none)." \
+			"Install one (Debian, Ubuntu: apt install python3 python3-venv), or run make PYTHON=/path/to/python3.11" >&2; \
+		exit 2; fi
+	@$(PYTHON) -m jobs.setup
+
+quickstart: setup ## the main job on a real log: what instance tokens add to a ranker (pass flags with ARGS='--households 50')
+	@.venv/bin/iat quickstart $(ARGS)
+
+test: setup ## the tests (ARGS='-k days' runs some)
+	@.venv/bin/python -m pytest $(ARGS)
+
+check: setup ## ruff, format, mypy strict, import contracts
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@.venv/bin/mypy
+	@.venv/bin/lint-imports
+
+# --universal: one file for every Python from 3.11 on; --no-emit-index-url: it names no host.
+LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
+lock: setup ## resolve requirements.lock again, within pyproject.toml's ranges
+	@$(LOCK) --upgrade --extra spark --extra torch --extra data --extra dev pyproject.toml --output-file requirements.lock
