@@ -1,0 +1,104 @@
+"""Readers of public logs: each writes one flat Parquet event log, which the Spark jobs read like any other."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pipelines.domain import Domain, check_columns
+from pipelines.errors import InputError
+from pipelines.sources import completejourney, movielens, synthetic
+from pipelines.sources.sample import Sample
+
+log = logging.getLogger(__name__)
+
+READERS: dict[str, Callable[[Path, Sample], None]] = {
+    "completejourney": completejourney.write,
+    "movielens": movielens.write,
+    "synthetic": synthetic.write,
+}
+FORMAT = 1
+"""Part of every file's key: raise it when a reader's columns or values change."""
+
+
+def prepare(
+    domain: Domain,
+    lake: Path | str,
+    *,
+    data: Path | None = None,
+    limit_users: int | None = None,
+    seed: int = 0,
+    days: int | None = None,
+) -> Path:
+    """The domain's raw event log as one Parquet file below the lake; made once, then reused.
+
+    Args:
+        data: the folder of a log that its reader cannot bring along (MovieLens).
+        limit_users: keep a seeded random sample; a larger sample holds every smaller one.
+        seed: of the sample, and of the synthetic world itself.
+        days: keep the first this many days of the log.
+
+    Raises:
+        InputError: no such reader, no data where it looks, or columns that the domain file names are not there.
+    """
+    write = _reader(domain)
+    sample = Sample(data=data, limit_users=limit_users, seed=seed, days=days)
+    path = (
+        _folder(lake) / "raw" / domain.name / f"events-{_key(domain.source.reader, sample)}.parquet"
+    )
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half_written = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+        try:
+            write(half_written, sample)
+            half_written.replace(path)
+        finally:
+            half_written.unlink(missing_ok=True)
+        log.info("wrote %s", path)
+    _check(domain, path)
+    return path
+
+
+def _reader(domain: Domain) -> Callable[[Path, Sample], None]:
+    name = domain.source.reader
+    if not name:
+        raise InputError(
+            f"domain {domain.name!r} has no `reader`: its events are read from {domain.source.path} directly"
+        )
+    if name not in READERS:
+        near = difflib.get_close_matches(name, READERS, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"[source] has no reader {name!r}{hint}; known: {', '.join(READERS)}")
+    return READERS[name]
+
+
+def _folder(lake: Path | str) -> Path:
+    text = str(lake).removeprefix("file://")
+    if "://" in text:
+        raise InputError(
+            f"a public log is prepared in a local folder, and the lake is {lake}; prepare it in a local lake, upload "
+            "the file, and point `path` of [source] at it"
+        )
+    return Path(text)
+
+
+def _key(reader: str, sample: Sample) -> str:
+    facts = [FORMAT, reader, sample.limit_users, sample.seed, sample.days, sample.fingerprint()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
+
+
+def _check(domain: Domain, path: Path) -> None:
+    """Every named column is there, and none of them is the truth that only a synthetic world knows."""
+    import pyarrow.parquet as pq
+
+    told = [c for c in domain.raw_columns if c in synthetic.TRUTH]
+    if told:
+        raise InputError(
+            f"domain {domain.name!r} names {told[0]!r}, the probability that the label was drawn from; no model may see it"
+        )
+    check_columns(domain, pq.read_schema(path).names)
