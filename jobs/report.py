@@ -57,7 +57,8 @@ figure { margin: 0; padding: .8rem; background: var(--card); border: 1px solid v
 svg { display: block; width: 100%; max-width: 34rem; height: auto; margin: 0 auto; }
 .scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; max-width: 100%; width: fit-content; }
-table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: .9rem; }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--line); } tbody tr:last-child > * { border-bottom: 0; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; }
