@@ -1,0 +1,304 @@
+"""Histories and tokens of all users, user-major and memory-mapped, and the TokenStore over them.
+
+One folder holds sorted arrays plus offsets, built once per set of table versions; a user's past
+as of a moment is a contiguous range of rows, found by binary search. Rules of time: DESIGN.md
+section 5.
+
+Shape legend: B queries, L sequence length, D token width, U users, N events, S id slots, M numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from downstream.index_arrays import (
+    FIELD_ARRAYS,
+    KEY_ARRAYS,
+    Array,
+    ItemArrays,
+    LineArrays,
+    Meta,
+    histories_of,
+    line_of,
+    load,
+    load_line,
+    segments_of,
+    user_major_order,
+)
+from downstream.segments import find, first_not_before
+from downstream.token_store import HistoryRow, ItemRow, ItemTokens, Tokens
+from pipelines.days import Days
+from pipelines.domain import Domain
+from pipelines.errors import InputError
+
+IN_MEMORY = "memory"
+"""The line's name in an index made from arrays."""
+
+
+@dataclass(frozen=True)
+class UserIndex:
+    """Arrays of events, sorted by (user_id, event_time, instance_id).
+
+    User u owns rows [offsets[u], offsets[u + 1]). Side columns are called as in the table; an
+    unknown label is -1 and its label_time_us NEVER_US.
+    """
+
+    meta: Meta
+    arrays: Mapping[str, Array]
+    lines: Mapping[str, LineArrays]
+
+    @classmethod
+    def build(
+        cls,
+        lake: str,
+        domain: Domain,
+        folder: Path,
+        *,
+        days: Days | None,
+        lines: Sequence[str] = (),
+        fields: bool = False,
+    ) -> UserIndex:
+        """Build the whole index from the lake's newest tables, in place of what `folder` held.
+
+        `fields`: all model-ready features of the events too. It costs O(all days): a day more means
+        building again.
+        """
+        from downstream.index_build import build
+
+        build(lake, domain, folder, days=days, lines=lines, fields=fields)
+        return cls.open(folder)
+
+    @classmethod
+    def open(cls, folder: Path) -> UserIndex:
+        """The index in a folder, memory-mapped."""
+        meta = Meta.read(folder)
+        names = [*KEY_ARRAYS, *meta.side, *meta.label_arrays]
+        names += FIELD_ARRAYS if meta.has_fields else ()
+        lines = {line: load_line(folder / spec.folder) for line, spec in meta.lines.items()}
+        return cls(meta, {name: load(folder, name) for name in names}, lines)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        *,
+        user_id: Array,
+        event_time_us: Array,
+        item_id: Array,
+        instance_id: Array | None = None,
+        side: Mapping[str, Array] | None = None,
+        labels: Mapping[str, tuple[Array, Array]] | None = None,
+        tokens: LineArrays | None = None,
+    ) -> UserIndex:
+        """An index in memory of rows [N] that are already sorted (see `user_major_order`).
+
+        `labels`: name -> (-1 unknown, 0 or 1; label_time_us). `tokens` becomes the line IN_MEMORY.
+        """
+        instance_id = np.arange(len(user_id)) if instance_id is None else instance_id
+        order = user_major_order(user_id, event_time_us, instance_id)
+        if not np.array_equal(order, np.arange(len(order))):
+            raise ValueError("rows must be sorted by (user_id, event_time, instance_id)")
+        user_ids, offsets = segments_of(user_id)
+        arrays: dict[str, Array] = {
+            "user_ids": user_ids,
+            "offsets": offsets,
+            "event_time_us": np.asarray(event_time_us, np.int64),
+            "instance_id": np.asarray(instance_id, np.int64),
+            "item_id": np.asarray(item_id, np.int64),
+            "request_id": np.asarray(instance_id, np.int64),
+        }
+        arrays |= {name: np.asarray(column, np.int32) for name, column in (side or {}).items()}
+        for name, (value, time_us) in (labels or {}).items():
+            arrays[f"label_{name}"] = np.asarray(value, np.int8)
+            arrays[f"label_time_us_{name}"] = np.asarray(time_us, np.int64)
+        meta = Meta(domain=IN_MEMORY, side=list(side or {}), labels=list(labels or {}))
+        return cls(meta, arrays, {IN_MEMORY: tokens} if tokens is not None else {})
+
+    def __len__(self) -> int:
+        return len(self.arrays["event_time_us"])
+
+    def line(self, name: str) -> LineArrays:
+        """One line's tokens; a line that the index was built without is refused."""
+        if name not in self.lines:
+            held = ", ".join(sorted(self.lines)) or "none"
+            raise InputError(
+                f"line {name!r} was asked for and the index of {self.meta.domain} holds: {held}; "
+                "build the index with that line"
+            )
+        return self.lines[name]
+
+
+class IndexStore:
+    """The TokenStore over a UserIndex, bound to one line (None: histories without tokens).
+
+    On the CPU its tensors are the index's memory maps; on a CUDA device everything is resident.
+    """
+
+    def __init__(
+        self, index: UserIndex, line: str | None, device: str | torch.device = "cpu"
+    ) -> None:
+        self.index, self.device = index, torch.device(device)
+        self.columns = {
+            name: self._resident(array)
+            for name, array in index.arrays.items()
+            if name not in ("instance_id", "request_id", *FIELD_ARRAYS)
+        }
+        self.side = [*index.meta.side, *(f"label_{name}" for name in index.meta.labels)]
+        self._fields: tuple[Tensor, Tensor] | None = None
+        self._max_events = int(np.diff(index.arrays["offsets"]).max(initial=0))
+        held = index.line(line) if line is not None else LineArrays.none(len(index))
+        self._bind(held.token, held.available_us, held.items)
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Iterable[HistoryRow],
+        *,
+        width: int,
+        items: Iterable[ItemRow] = (),
+        side: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        device: str | torch.device = "cpu",
+    ) -> IndexStore:
+        """The store over rows in memory, as InMemoryTokenStore takes them (tokens as float16)."""
+        found = sorted(rows, key=lambda r: (r.user_id, r.event_time_us, r.instance_id))
+        tokens = line_of(found, items, width)
+        index = UserIndex.from_arrays(**histories_of(found, side, labels), tokens=tokens)
+        return cls(index, IN_MEMORY, device)
+
+    def with_tokens(
+        self,
+        token: Array | Tensor,
+        available_us: Array | Tensor,
+        item_tokens: ItemArrays | None = None,
+    ) -> IndexStore:
+        """The same histories with other tokens [N, D], rows in the index's order.
+
+        Nothing is rebuilt, and memory is shared where the device is the same: tokens may be
+        written in place as the days go by.
+        """
+        other = copy.copy(self)
+        other._bind(token, available_us, item_tokens or ItemArrays.none(token.shape[1]))
+        return other
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def width(self) -> int:
+        return int(self.token_ND.shape[1])
+
+    def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(user_row_B, begin_B, end_B): rows [begin, end) are the user's events before as_of.
+
+        A user not known has user_row -1 and begin = end = 0.
+        """
+        user_ids, as_of_us = user_ids.to(self.device), as_of_us.to(self.device)
+        row_B, is_known_B = find(self.columns["user_ids"], user_ids)
+        begin_B = torch.where(is_known_B, self.columns["offsets"][row_B], 0)
+        stop_B = self.columns["offsets"][(row_B + 1).clamp(max=len(self.columns["offsets"]) - 1)]
+        stop_B = torch.where(is_known_B, stop_B, 0)
+        times_N = self.columns["event_time_us"]
+        end_B = first_not_before(times_N, begin_B, stop_B, as_of_us, self._max_events)
+        return torch.where(is_known_B, row_B, -1), begin_B, end_B
+
+    def fetch(self, user_ids: Tensor, as_of_us: Tensor, length: int) -> Tokens:
+        """See TokenStore.fetch; every tensor is on the store's device."""
+        _, begin_B, end_B = self.positions(user_ids, as_of_us)
+        steps_L = torch.arange(-length, 0, device=self.device)
+        row_BL = end_B[:, None] + steps_L
+        mask_BL = row_BL >= begin_B[:, None]
+        row_BL = torch.where(mask_BL, row_BL, -1)
+        as_of_BL = as_of_us.to(self.device)[:, None]
+        published_BL = self._take(self.available_us_N, row_BL) < as_of_BL
+        token_mask_BL = mask_BL & published_BL
+        token_BLD = self._take(self.token_ND, row_BL)
+        token_BLD.masked_fill_(~token_mask_BL[..., None], 0)
+        gap_us_BL = as_of_BL - self._take(self.columns["event_time_us"], row_BL)
+        return Tokens(
+            token_BLD=token_BLD,
+            mask_BL=mask_BL,
+            token_mask_BL=token_mask_BL,
+            gap_s_BL=torch.where(mask_BL, (gap_us_BL.double() / 1e6).float(), 0.0),
+            side={name: self._side(name, row_BL, mask_BL, as_of_BL) for name in self.side},
+            row_BL=row_BL,
+        )
+
+    def fetch_items(self, item_ids: Tensor, as_of_us: Tensor) -> ItemTokens:
+        """See TokenStore.fetch_items."""
+        as_of_us = as_of_us.to(self.device)
+        place_B, is_known_B = find(self._item_ids_K, item_ids.to(self.device))
+        last = len(self._item_offsets) - 1
+        begin_B = torch.where(is_known_B, self._item_offsets[place_B], 0)
+        stop_B = torch.where(is_known_B, self._item_offsets[(place_B + 1).clamp(max=last)], 0)
+        end_B = first_not_before(
+            self._item_available_us_R, begin_B, stop_B, as_of_us, self._max_item_rows
+        )
+        mask_B = end_B > begin_B
+        row_B = torch.where(mask_B, end_B - 1, -1)
+        count_B = torch.where(mask_B, self._take(self._item_count_R, row_B), 0.0)
+        mean_BD = self._take(self._item_sum_RD, row_B) / count_B[:, None]
+        return ItemTokens(torch.where(mask_B[:, None], mean_BD, 0.0), mask_B, count_B)
+
+    def fetch_fields(self, row_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """All model-ready features of the events at `row_BL`: ids [B, L, S] and numbers [B, L, M].
+
+        Padding (-1) reads as missing: id 0, number NaN. The index must be built with `fields`.
+        """
+        if self._fields is None:
+            if "ids" not in self.index.arrays:
+                raise InputError("the index holds no logged fields; build it with fields=True")
+            arrays = self.index.arrays
+            self._fields = (self._resident(arrays["ids"]), self._resident(arrays["numbers"]))
+        is_padding_BL1 = (row_BL < 0)[..., None]
+        ids_NS, numbers_NM = self._fields
+        ids_BLS = self._take(ids_NS, row_BL).masked_fill_(is_padding_BL1, 0)
+        numbers_BLM = self._take(numbers_NM, row_BL).masked_fill_(is_padding_BL1, float("nan"))
+        return ids_BLS, numbers_BLM
+
+    def _side(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_BL: Tensor) -> Tensor:
+        value_BL = self._take(self.columns[name], row_BL).int()
+        if name.startswith("label_"):
+            time_us_N = self.columns["label_time_us_" + name.removeprefix("label_")]
+            is_known_BL = (value_BL >= 0) & (self._take(time_us_N, row_BL) < as_of_BL)
+            return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
+        return torch.where(mask_BL, value_BL, 0)
+
+    def _bind(self, token: Array | Tensor, available: Array | Tensor, items: ItemArrays) -> None:
+        if len(token) != len(self.index) or len(available) != len(self.index):
+            raise ValueError(
+                f"tokens need one row per event of the index, {len(self.index)}; "
+                f"got {len(token)} tokens, {len(available)} available times"
+            )
+        if items.decayed_sum.shape[1] != token.shape[1]:
+            raise ValueError(
+                f"items have width {items.decayed_sum.shape[1]}, tokens {token.shape[1]}"
+            )
+        self.token_ND = self._resident(token)
+        self.available_us_N = self._resident(available)
+        self._item_ids_K = self._resident(items.item_ids)
+        self._item_offsets = self._resident(items.offsets)
+        self._item_available_us_R = self._resident(items.available_us)
+        self._item_sum_RD = self._resident(items.decayed_sum)
+        self._item_count_R = self._resident(items.decayed_count)
+        self._max_item_rows = int(np.diff(items.offsets).max(initial=0))
+
+    def _resident(self, array: Array | Tensor) -> Tensor:
+        if isinstance(array, Tensor):
+            return array.to(self.device)
+        array = np.ascontiguousarray(array)
+        return torch.from_numpy(array if array.flags.writeable else array.copy()).to(self.device)
+
+    @staticmethod
+    def _take(column_N: Tensor, row: Tensor) -> Tensor:
+        """column[row] with any value at row -1."""
+        if not len(column_N):
+            return column_N.new_zeros(*row.shape, *column_N.shape[1:])
+        flat = column_N.index_select(0, row.clamp(min=0).flatten())
+        return flat.view(*row.shape, *column_N.shape[1:])
