@@ -22,6 +22,8 @@ KEYS = (
     ("is_sampled", pa.bool_()),
 )
 TEMPORAL = ("event_time", "instance_id")
+NUM_BUCKETS = 16
+"""User buckets: a user's rows are in bucket user_id mod this, in every table sorted by user."""
 USER_MAJOR = ("user_bucket", "user_id", "event_time", "instance_id")
 
 

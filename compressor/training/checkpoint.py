@@ -1,0 +1,72 @@
+"""Checkpoints: safetensors and JSON in one folder that appears whole or not at all; never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from compressor.training.loop import WeightAverage
+from pipelines.errors import InputError
+
+
+def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write `folder` atomically, replacing one of the same name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "tensors.safetensors")
+        (temporary / "meta.json").write_text(json.dumps(dict(meta), indent=1, sort_keys=True, default=str))
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and meta of a checkpoint."""
+    try:
+        return load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
+    except FileNotFoundError as error:
+        raise InputError(f"no checkpoint at {folder}: train one first, or check --version") from error
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage) -> dict[str, Tensor]:
+    """Everything that the next step depends on, by name."""
+    found = {f"model.{n}": t for n, t in model.state_dict().items()}
+    found |= {f"average.{i}": t for i, t in enumerate(average.averaged)}
+    found["average.num_updates"] = torch.tensor(average.num_updates)
+    for i, slots in optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{i}.{k}": t for k, t in slots.items()}
+    return found
+
+
+def restore(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage) -> None:
+    """The inverse of `state`; shapes must agree."""
+    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    with torch.no_grad():
+        for i, averaged in enumerate(average.averaged):
+            averaged.copy_(tensors[f"average.{i}"])
+    average.num_updates = int(tensors["average.num_updates"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            slots.setdefault(int(index), {})[key] = tensor
+    held = optimizer.state_dict()
+    optimizer.load_state_dict({"state": slots, "param_groups": held["param_groups"]})

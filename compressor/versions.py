@@ -1,0 +1,136 @@
+"""Compressor versions: a folder with weights, vocabulary and optimiser state, and a row of lineage in Delta."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from compressor.configs import SourceConfig, TrainingConfig
+from compressor.nn.embedding import Vocabulary
+from compressor.training import checkpoint
+from compressor.walk import Trainer
+from pipelines import delta, tables
+from pipelines.days import Days
+from pipelines.domain import Domain
+from pipelines.errors import InputError
+
+STATUSES = ("candidate", "approved", "retired")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Version:
+    """What a version is and where it came from: its manifest."""
+
+    line: str
+    name: str
+    parent: str
+    domain: str
+    protocol: str
+    start: date
+    end: date
+    """Trained on [start, end)."""
+    config: SourceConfig
+    training: TrainingConfig
+    input_versions: Mapping[str, int]
+    user_share: float
+    user_seed: int
+    is_trained: bool = True
+
+
+def folder(lake: str, line: str, name: str) -> Path:
+    """Where a version's weights are: beside the lake's tables."""
+    if "://" in lake:
+        raise InputError(f"compressor weights are kept in a local lake for now; {lake} is an object store: pass a local --lake")
+    return Path(lake) / "artifacts" / "compressors" / line / name
+
+
+def save(lake: str, version: Version, trainer: Trainer, vocabulary: Vocabulary, metrics: Mapping[str, Any]) -> Path:
+    """Weights first, then the row that names them: a killed save leaves no row without weights."""
+    place = folder(lake, version.line, version.name)
+    tensors = checkpoint.state(trainer.model, trainer.optimizer, trainer.average)
+    tensors |= {f"losses.{n}": t for n, t in trainer.losses.state_dict().items()}
+    tensors |= {f"vocabulary.{t}": torch.from_numpy(b) for t, b in vocabulary.buckets.items()}
+    checkpoint.save(place, tensors, {"version": asdict(version), "num_steps": trainer.num_steps, "metrics": dict(metrics)})
+    row = {
+        "compressor_line": version.line, "compressor_version": version.name, "parent_version": version.parent,
+        "domain": version.domain, "order": version.config.order, "protocol": version.protocol,
+        "start": version.start, "end": version.end, "status": "candidate",
+        "width": version.config.bottleneck, "codec": "float16",
+        "config": json.dumps({"source": asdict(version.config), "training": asdict(version.training)}, sort_keys=True),
+        "metrics": json.dumps(dict(metrics), sort_keys=True),
+        "input_versions": json.dumps(dict(version.input_versions), sort_keys=True), "artifact": str(place),
+    }
+    table = tables.compressor_versions()
+    where = "compressor_version = '{}'".format(version.name.replace("'", "''"))
+    commit = {"job": "train-compressor", "line": version.line, "version": version.name}
+    delta.replace(lake, table, pa.Table.from_pylist([row], table.schema), None, line=version.line, where=where, commit=commit)
+    return place
+
+
+def find(lake: str, name: str) -> dict[str, Any]:
+    """The newest row of the version or, given a line, of the line's newest version."""
+    rows = delta.read(lake, tables.compressor_versions()).to_pylist()
+    matching = [r for r in rows if name in (r["compressor_version"], r["compressor_line"])]
+    if not matching:
+        known = sorted({r["compressor_version"] for r in rows})
+        raise InputError(f"no compressor version or line called {name!r}; the lake has: {', '.join(known) or 'none'}")
+    return max(matching, key=lambda r: (r["end"], r["compressor_version"]))
+
+
+def load(lake: str, name: str, domain: Domain, device: str, *, newer: Vocabulary | None = None) -> tuple[Trainer, Vocabulary, Version]:
+    """A version ready to predict, write tokens or train on; `newer` adds rows for ids that the version never saw."""
+    row = find(lake, name)
+    if row["domain"] != domain.name:
+        raise InputError(f"version {row['compressor_version']} compresses domain {row['domain']!r}, not {domain.name!r}")
+    tensors, meta = checkpoint.load(Path(row["artifact"]))
+    held = dict(meta["version"])
+    config, training = SourceConfig(**held.pop("config")), TrainingConfig(**held.pop("training"))
+    days = {key: date.fromisoformat(held.pop(key)) for key in ("start", "end")}
+    version = Version(**held, **days, config=config, training=training)
+    old = Vocabulary({n.removeprefix("vocabulary."): t.numpy() for n, t in tensors.items() if n.startswith("vocabulary.")})
+    vocabulary = _union(old, newer) if newer is not None else old
+    trainer = Trainer.create(config, training, domain, vocabulary, device)
+    rows = _moved_rows(old, vocabulary)
+    grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
+    checkpoint.restore(grown, trainer.model, trainer.optimizer, trainer.average)
+    trainer.losses.load_state_dict({n.removeprefix("losses."): t for n, t in tensors.items() if n.startswith("losses.")})
+    trainer.num_steps = meta["num_steps"]
+    return trainer, vocabulary, version
+
+
+def _union(old: Vocabulary, newer: Vocabulary) -> Vocabulary:
+    names = sorted({*old.buckets, *newer.buckets})
+    empty = np.zeros(0, np.int32)
+    return Vocabulary({n: np.union1d(old.buckets.get(n, empty), newer.buckets.get(n, empty)).astype(np.int32) for n in names})
+
+
+def _moved_rows(old: Vocabulary, new: Vocabulary) -> torch.Tensor:
+    """The row in `new` of each row of `old`."""
+    starts = new.starts()
+    parts = [np.zeros(1, np.int64)]
+    parts += [starts[t] + np.searchsorted(new.buckets[t], b) for t, b in old.buckets.items()]
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _grown(name: str, tensor: torch.Tensor, trainer: Trainer, rows: torch.Tensor, old: Vocabulary) -> torch.Tensor:
+    """Embedding-shaped tensors with rows for new ids: initial values for weights, zeros for optimiser state."""
+    if tensor.dim() != 2 or len(tensor) != old.num_rows or not name.startswith(("model.bank.", "average.", "optimizer.")):
+        return tensor
+    initial = trainer.model.bank.table.weight.detach().cpu().clone()
+    if tensor.shape[1] != initial.shape[1]:
+        return tensor
+    out = torch.zeros_like(initial) if name.startswith("optimizer.") else initial
+    out[rows] = tensor
+    return out
+
+
+def days_of(version: Version) -> Days:
+    return Days(version.start, version.end)

@@ -1,0 +1,202 @@
+"""Train a source model on a range of days; in the streaming protocol, walk the days and write each day's tokens once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import date
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from compressor import data as streams
+from compressor import versions
+from compressor.configs import SourceConfig, TrainingConfig
+from compressor.data import StreamData
+from compressor.export import TokenWriter, as_date
+from compressor.nn.embedding import Vocabulary
+from compressor.training import metrics
+from compressor.versions import Version
+from compressor.walk import DayResult, Trainer, fit, walk
+from jobs import ledger
+from pipelines import delta, tables
+from pipelines.days import Days
+from pipelines.domain import Domain
+from pipelines.domain import load as load_domain
+from pipelines.errors import InputError
+from pipelines.splits import users_kept
+
+log = logging.getLogger(__name__)
+
+FLUSH_DAYS = 30
+EPOCH = date(1970, 1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Train the compressor on a domain's stream.
+
+    streaming: for each day predict it with yesterday's weights, train on it and on replayed earlier days, write its
+    tokens once. A run that was killed goes on at the last day it wrote. frozen: train on all the days, write no token
+    (`iat write-tokens` does), so that a ranker of later days meets a compressor that never saw its labels.
+    """
+
+    domain: str
+    """Name of a domain that comes with the toolkit, or a FILE.toml."""
+    lake: str
+    """Root folder of the Delta tables."""
+    order: Literal["temporal", "user"] = "user"
+    """temporal: rows predicted alone; user: with the user's earlier tokens through SIT."""
+    protocol: Literal["streaming", "frozen"] = "streaming"
+    """Which rule keeps later labels out of the tokens that rows read."""
+    start: date | None = None
+    """First day (UTC); empty: the stream's first."""
+    end: date | None = None
+    """The day after the last; empty: the stream's end."""
+    line: str = ""
+    """Name of the compressor line; empty: the order."""
+    parent: str = ""
+    """Version to go on from (its line's next days); empty: from scratch."""
+    untrained: bool = False
+    """Write tokens of a compressor that never learns: the control of every comparison."""
+    user_share: float = 1.0
+    """Train on this share of users (by hash); tokens are written for all."""
+    user_seed: int = 0
+    """Which users the share keeps."""
+    epochs: int = 3
+    """Passes over the days (frozen)."""
+    seed: int = 0
+    """Of initial weights and batches."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    dry_run: bool = False
+    """Say what would be trained and written, and stop."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.user_share <= 1:
+            raise InputError(f"--user-share must be above 0 and at most 1, got {self.user_share}")
+
+
+def main(args: Args) -> dict[str, Any]:
+    domain = load_domain(args.domain)
+    with ledger.job(args.lake, "train-compressor", args) as run:
+        result = train(args, domain)
+        run.add(rows=result["rows"], num_bytes=result["tokens"] * 2 * result["width"])
+    return result
+
+
+def train(args: Args, domain: Domain) -> dict[str, Any]:
+    device = device_of(args.device)
+    line = args.line or args.order
+    stream = tables.user_order(domain) if args.order == "user" else tables.temporal_order(domain)
+    version = delta.open_table(args.lake, stream).version()
+    found = stream_days(args.lake, stream)
+    days = Days(args.start or found.start, args.end or found.end)
+    parent = versions.find(args.lake, args.parent) if args.parent else None
+    # A walk that goes on needs earlier days too: as context and for replay.
+    first = parent["start"] if parent else days.start
+    rows = delta.read(args.lake, stream, Days(min(first, days.start), days.end), version=version)
+    if not len(rows):
+        raise InputError(f"{stream.name} has no rows in {days}; it holds {found}. Build the streams of these days first")
+    log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
+    vocabulary = streams.vocabulary_of(rows, domain)
+    commit = {"job": "train-compressor", "line": line, "input": stream.name, "input_version": str(version), "seed": str(args.seed)}
+    source = SourceConfig(order=args.order)
+    training = TrainingConfig(seed=args.seed, epochs=args.epochs)
+    if args.dry_run:
+        return {"line": line, "days": str(days), "rows": len(rows), "tokens": 0, "width": source.bottleneck}
+    if parent:
+        trainer, vocabulary, old = versions.load(args.lake, args.parent, domain, device, newer=vocabulary)
+        source, training, line = old.config, old.training, args.line or old.line
+    else:
+        trainer = Trainer.create(source, training, domain, vocabulary, device)
+    manifest = Version(
+        line=line, name="", parent=parent["compressor_version"] if parent else "", domain=domain.name, protocol=args.protocol,
+        start=first, end=days.end, config=source, training=training, input_versions={stream.name: version},
+        user_share=args.user_share, user_seed=args.user_seed, is_trained=not args.untrained,
+    )
+    data = streams.load(rows, domain, vocabulary, device)
+    if args.protocol == "frozen":
+        figures = _frozen(trainer, data, days, args)
+        name = f"{line}@{days.end}"
+        versions.save(args.lake, replace(manifest, name=name), trainer, vocabulary, figures)
+        return {"line": line, "version": name, "days": str(days), "rows": len(data), "tokens": 0, "width": source.bottleneck, **figures}
+    writer = TokenWriter(args.lake, domain, line, data, source.bottleneck, commit)
+    return _streaming(trainer, data, days, args, writer, manifest, vocabulary)
+
+
+def _frozen(trainer: Trainer, data: StreamData, days: Days, args: Args) -> dict[str, Any]:
+    span = day_range(days)
+    kept = users_kept(data.user_id, args.user_share, args.user_seed)
+    losses: list[float] = []
+    if not args.untrained:
+        steps = fit(trainer, data, span, kept=kept)
+        losses = [loss for _, loss in tqdm(steps, total=args.epochs, desc="epochs", unit="epoch")]
+    return {"loss": losses[-1] if losses else None}
+
+
+def _streaming(
+    trainer: Trainer, data: StreamData, days: Days, args: Args, writer: TokenWriter, manifest: Version, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    results: list[DayResult] = []
+    kept = users_kept(data.user_id, args.user_share, args.user_seed)
+    bar = tqdm(total=len(days), desc=f"compressor {manifest.line}", unit="day")
+    for chunk in days.chunks(FLUSH_DAYS):
+        for result in days_of_walk(trainer, data, chunk, kept=kept, untrained=args.untrained, first_day=day_range(days).start):
+            writer.add(result)
+            results.append(result)
+            bar.update()
+        writer.flush(chunk)
+        done = replace(manifest, name=f"{manifest.line}@{as_date(day_range(chunk).stop - 1)}", end=chunk.end)
+        versions.save(args.lake, done, trainer, vocabulary, {})
+    bar.close()
+    figures = source_metrics(data, results)
+    versions.save(args.lake, done, trainer, vocabulary, figures)
+    return {
+        "line": manifest.line, "version": done.name, "days": str(days), "rows": len(data), "tokens": writer.num_tokens,
+        "width": manifest.config.bottleneck, **figures,
+    }
+
+
+def days_of_walk(
+    trainer: Trainer, data: StreamData, days: Days, *, kept: np.ndarray[Any, Any], untrained: bool, first_day: int
+) -> Iterator[DayResult]:
+    """The walk over `days`, training on the kept users alone; an untrained compressor only predicts and writes."""
+    return walk(trainer, data, list(day_range(days)), first_day=first_day, kept=kept, is_training=not untrained)
+
+
+def source_metrics(data: StreamData, results: list[DayResult]) -> dict[str, Any]:
+    """Progressive metrics of the source model itself over the walked days."""
+    row = np.concatenate([r.row for r in results])
+    score = np.concatenate([r.score for r in results])
+    label = data.tensors.label_N.cpu().numpy()[row]
+    known = ~np.isnan(label)
+    return {"source_auc": float(metrics.auc(label[known], score[known]))}
+
+
+def stream_days(lake: str, table: tables.Table) -> Days:
+    """The days that a table holds, from its partitions alone."""
+    parts = delta.open_table(lake, table).partitions()
+    found = sorted(str(p["event_date"]) for p in parts)
+    if not found:
+        raise InputError(f"{table.name} is empty; build the streams first")
+    return Days(date.fromisoformat(found[0]), date.fromordinal(date.fromisoformat(found[-1]).toordinal() + 1))
+
+
+def day_range(days: Days) -> range:
+    """Days since 1970."""
+    return range((days.start - EPOCH).days, (days.end - EPOCH).days)
+
+
+def device_of(name: str) -> str:
+    """auto: the GPU where there is one. A GPU that was asked for and is not there is an error."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda needs a CUDA GPU and PyTorch sees none; use --device cpu")
+    if not name.startswith(("cpu", "cuda")):
+        raise InputError(f"--device must be cpu, cuda or auto, got {name!r}")
+    return name
