@@ -43,6 +43,8 @@ class Meta:
     domain: str
     side: list[str]
     labels: list[str]
+    match: list[str]
+    """The side columns whose matches with a candidate are counted."""
     tables: dict[str, int] = field(default_factory=dict)
     """Table name -> the version that was read."""
     days: list[str] | None = None

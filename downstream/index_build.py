@@ -97,6 +97,7 @@ def _write(
         domain=domain.name,
         side=[f.stream_column for f in domain.side_features],
         labels=[label.name for label in domain.labels],
+        match=[f.stream_column for f in domain.match_features],
         tables=snapshot.versions,
         days=[str(days.start), str(days.end)] if days is not None else None,
         lines={

@@ -117,7 +117,8 @@ class UserIndex:
         for name, (value, time_us) in (labels or {}).items():
             arrays[f"label_{name}"] = np.asarray(value, np.int8)
             arrays[f"label_time_us_{name}"] = np.asarray(time_us, np.int64)
-        meta = Meta(domain=IN_MEMORY, side=list(side or {}), labels=list(labels or {}))
+        names = list(side or {})
+        meta = Meta(domain=IN_MEMORY, side=names, labels=list(labels or {}), match=names)
         return cls(meta, arrays, {IN_MEMORY: tokens} if tokens is not None else {})
 
     def __len__(self) -> int:

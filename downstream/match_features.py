@@ -1,0 +1,154 @@
+"""How often, and how lately, a candidate's item and each of its item fields are in the user's past.
+
+Per field: log1p counts of exact matches among the user's last 100 events, last 256 and all; log1p
+of the hours since the newest match (0 if there is none); 1 if there is none. Then log1p of the
+number of past events. FINDINGS.md section 1.2, DESIGN.md section 8.
+
+An index, not a scan: per field the events are sorted by (user and value, position in the user's
+past), so a count is the distance of two binary searches: O(log N) whatever the past's length.
+
+Shape legend: B candidates, N events, V values, P (user, value) pairs, M features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from downstream.segments import find
+from downstream.user_index import IndexStore, UserIndex
+
+ITEM = "item"
+WINDOWS = (100, 256)
+AT_ONCE = 1 << 20
+"""Candidates looked up at a time, which bounds the memory of a call."""
+
+
+@dataclass(frozen=True)
+class Matches:
+    """One field's events, by (user, value)."""
+
+    value_V: Tensor
+    pair_P: Tensor
+    """Sorted, unique: user row x V + the value's place."""
+    at_N: Tensor
+    """Sorted: the pair's place x stride + the position in the user's past."""
+    stride: int
+
+    @classmethod
+    def of(cls, value_N: Tensor, user_N: Tensor, position_N: Tensor, stride: int) -> Matches:
+        value_V, value_place_N = torch.unique(value_N, return_inverse=True)
+        pair_P, pair_place_N = torch.unique(
+            user_N * len(value_V) + value_place_N, return_inverse=True
+        )
+        at_N = torch.sort(pair_place_N * stride + position_N).values
+        return cls(value_V, pair_P, at_N, stride)
+
+    def find(
+        self, user_B: Tensor, value_B: Tensor, length_B: Tensor, windows: Sequence[int]
+    ) -> tuple[list[Tensor], Tensor]:
+        """Counts in each window and in all of the first `length` events; the newest one's position.
+
+        The position is -1 where nothing matches.
+        """
+        value_place_B, has_value_B = find(self.value_V, value_B)
+        pair_B, has_pair_B = find(self.pair_P, user_B * len(self.value_V) + value_place_B)
+        is_found_B = has_value_B & has_pair_B & (user_B >= 0)
+        start_B = pair_B * self.stride
+        stop_B = torch.searchsorted(self.at_N, start_B + length_B)
+        counts = []
+        for window in (*windows, None):
+            from_B = start_B if window is None else start_B + (length_B - window).clamp(min=0)
+            count_B = stop_B - torch.searchsorted(self.at_N, from_B)
+            counts.append(torch.where(is_found_B, count_B, 0))
+        if not len(self.at_N):
+            return counts, torch.full_like(user_B, -1)
+        newest_B = self.at_N[(stop_B - 1).clamp(min=0)] - start_B
+        return counts, torch.where(counts[-1] > 0, newest_B, -1)
+
+
+class MatchIndex:
+    """Match features of candidates, on the device of the store whose histories it indexes."""
+
+    def __init__(
+        self, store: IndexStore, fields: Mapping[str, Matches], windows: Sequence[int]
+    ) -> None:
+        self.store, self.fields, self.windows = store, dict(fields), tuple(windows)
+
+    @classmethod
+    def build(
+        cls,
+        store: IndexStore | UserIndex,
+        fields: Sequence[str] | None = None,
+        windows: Sequence[int] = WINDOWS,
+    ) -> MatchIndex:
+        """Index the item and these side columns (None: the domain's match features).
+
+        A missing value (0) of a side column is left out: it matches nothing.
+        """
+        if isinstance(store, UserIndex):
+            store = IndexStore(store, None)
+        columns, offsets = store.columns, store.columns["offsets"]
+        length_U = offsets.diff()
+        user_N = torch.repeat_interleave(torch.arange(len(length_U), device=store.device), length_U)
+        position_N = torch.arange(len(store), device=store.device) - offsets[user_N]
+        stride = int(length_U.max()) + 1 if len(length_U) else 1
+        found = {ITEM: Matches.of(columns["item_id"], user_N, position_N, stride)}
+        for name in store.index.meta.match if fields is None else fields:
+            value_N = columns[name].long()
+            kept_N = value_N != 0
+            found[name] = Matches.of(value_N[kept_N], user_N[kept_N], position_N[kept_N], stride)
+        return cls(store, found, windows)
+
+    @property
+    def names(self) -> list[str]:
+        """What each of the M features is."""
+        windows = [*(f"last_{window}" for window in self.windows), "all", "hours", "never"]
+        fields = [name.removeprefix("f_") for name in self.fields]
+        return [*(f"{field}_{what}" for field in fields for what in windows), "history_length"]
+
+    def features(
+        self, user_ids: Tensor, as_of_us: Tensor, item_ids: Tensor, side: Mapping[str, Tensor]
+    ) -> Tensor:
+        """[B, M] float32, from events strictly before as_of.
+
+        Args:
+            user_ids, as_of_us, item_ids: [B] int64.
+            side: the candidate's value of every indexed side column, by its table's name, [B].
+        """
+        missing = [name for name in self.fields if name != ITEM and name not in side]
+        if missing:
+            raise ValueError(f"candidates need {', '.join(missing)}; got {', '.join(side) or '-'}")
+        out_BM = torch.empty(len(user_ids), len(self.names), device=self.store.device)
+        values = {name: item_ids if name == ITEM else side[name] for name in self.fields}
+        for start in range(0, len(user_ids), AT_ONCE):
+            at = slice(start, start + AT_ONCE)
+            some = {name: value[at].to(self.store.device).long() for name, value in values.items()}
+            out_BM[at] = self._features(
+                user_ids[at].to(self.store.device), as_of_us[at].to(self.store.device), some
+            )
+        return out_BM
+
+    def _features(self, user_ids: Tensor, as_of_us: Tensor, values: dict[str, Tensor]) -> Tensor:
+        user_B, begin_B, end_B = self.store.positions(user_ids, as_of_us)
+        length_B = end_B - begin_B
+        columns = []
+        for name, value_B in values.items():
+            counts, newest_B = self.fields[name].find(user_B, value_B, length_B, self.windows)
+            has_match_B = newest_B >= 0
+            columns += [count_B.float().log1p() for count_B in counts]
+            columns += [self._log_hours(begin_B + newest_B, has_match_B, as_of_us)]
+            columns += [(~has_match_B).float()]
+        columns.append(length_B.float().log1p())
+        return torch.stack(columns, dim=1)
+
+    def _log_hours(self, row_B: Tensor, is_there_B: Tensor, as_of_us: Tensor) -> Tensor:
+        """log1p of the hours from the event at `row_B` to as_of; 0 where there is none."""
+        times_N = self.store.columns["event_time_us"]
+        if not len(times_N):
+            return torch.zeros(len(row_B), device=row_B.device)
+        gap_us_B = as_of_us - times_N[torch.where(is_there_B, row_B, 0)]
+        return torch.where(is_there_B, gap_us_B.double() / 3.6e9, 0.0).log1p().float()
