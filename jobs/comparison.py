@@ -1,0 +1,276 @@
+"""Arms over the same samples: what instance tokens add to a strong ranker, with the controls that make it honest.
+
+FINDINGS of the design: rules of evidence. Every arm but "no history" holds match features over the whole past and a
+sequence with target attention; untrained and shuffled tokens stand beside trained ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from compressor import data as streams
+from compressor.configs import SourceConfig, TrainingConfig
+from compressor.data import DAY_US, StreamData
+from compressor.export import as_date
+from compressor.item_tokens import item_token_days
+from compressor.nn.embedding import Vocabulary
+from compressor.training import metrics
+from compressor.walk import Trainer, fit, walk
+from downstream.configs import RankerConfig, RankerTraining, arm
+from downstream.data import RankerData, with_shuffled_tokens
+from downstream.index_arrays import ItemArrays, LineArrays
+from downstream.streaming import RankerTrainer
+from downstream.streaming import fit as fit_ranker
+from downstream.streaming import walk as walk_ranker
+from downstream.user_index import IndexStore
+from pipelines.domain import Domain
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """One row of the comparison: which parts the ranker has and whose tokens it reads."""
+
+    name: str
+    parts: str
+    """An arm of downstream.configs."""
+    line: str = ""
+    is_shuffled: bool = False
+
+
+BASE = "base"
+QUICK_ARMS = (
+    Arm(name="no history", parts="none"),
+    Arm(name=BASE, parts="base"),
+    Arm(name="+ all logged fields, end to end", parts="end-to-end"),
+    Arm(name="+ temporal-order tokens", parts="tokens", line="temporal"),
+    Arm(name="+ user-order tokens", parts="tokens", line="user"),
+    Arm(name="+ user-order and item tokens", parts="match", line="user"),
+    Arm(name="+ untrained tokens", parts="tokens", line="untrained"),
+    Arm(name="+ untrained and item tokens", parts="match", line="untrained"),
+)
+FULL_ARMS = (
+    *QUICK_ARMS,
+    Arm(name="+ user-order tokens, shuffled", parts="tokens", line="user", is_shuffled=True),
+    Arm(name="+ temporal-order and item tokens", parts="match", line="temporal"),
+    Arm(name="user-order tokens only", parts="tokens-only", line="user"),
+)
+ALL_USERS_ARMS = (
+    Arm(name="+ user-order tokens, all users", parts="tokens", line="user-all"),
+    Arm(name="+ user-order and item tokens, all users", parts="match", line="user-all"),
+    Arm(name="+ untrained and item tokens, all users", parts="match", line="untrained-all"),
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """How a compressor line of the comparison is made."""
+
+    name: str
+    order: str
+    is_trained: bool = True
+    is_all_users: bool = False
+
+
+LINES = {
+    line.name: line
+    for line in (
+        Line(name="temporal", order="temporal"),
+        Line(name="user", order="user"),
+        Line(name="untrained", order="user", is_trained=False),
+        Line(name="user-all", order="user", is_all_users=True),
+        Line(name="untrained-all", order="user", is_trained=False, is_all_users=True),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """One arm's scores of samples it had not been trained on."""
+
+    sample: Array
+    score: Array
+    seconds: float
+    num_rows: int
+    """Candidates that passed through training."""
+
+
+def run_arm(
+    chosen: Arm, data: RankerData, ranker: str, config: RankerConfig, training: RankerTraining, days: range, *, test_from: int | None = None
+) -> Predictions:
+    """Train and predict one arm: streaming over `days`, or frozen (fit before `test_from`, predict the rest)."""
+    started = time.perf_counter()
+    if chosen.is_shuffled:
+        data = data.with_store(with_shuffled_tokens(data.store, training.seed))
+    trainer = RankerTrainer.create(ranker, arm(chosen.parts, config), training, data)
+    if test_from is None:
+        results = list(walk_ranker(trainer, data, days))
+        sample, score = np.concatenate([r.sample for r in results]), np.concatenate([r.score for r in results])
+    else:
+        for _ in fit_ranker(trainer, data, range(days.start, test_from)):
+            pass
+        sample, score = trainer.predict(data, data.of_days(test_from, days.stop))
+    return Predictions(sample, score, time.perf_counter() - started, trainer.num_rows)
+
+
+@dataclass(frozen=True, slots=True)
+class LineResult:
+    """A line's tokens of every event of a stream, in (user, time, instance) order, and its item tokens."""
+
+    tokens: LineArrays
+    source_auc: float
+    seconds: float
+    drift: list[tuple[int, float]] = field(default_factory=list)
+    """(day, mean cosine of that day's stored tokens against the last weights')."""
+
+
+def make_line(
+    line: Line,
+    data: StreamData,
+    domain: Domain,
+    vocabulary: Vocabulary,
+    days: range,
+    source: SourceConfig,
+    training: TrainingConfig,
+    device: str,
+    *,
+    frozen_at: int | None = None,
+) -> LineResult:
+    """Walk the days (or fit on those before `frozen_at`) and keep all tokens in memory."""
+    started = time.perf_counter()
+    config = replace(source, order=line.order)
+    trainer = Trainer.create(config, training, domain, vocabulary, device)
+    token = np.zeros((len(data.events), config.bottleneck), np.float16)
+    rows: list[Array] = []
+    scores: list[Array] = []
+    if frozen_at is None:
+        for result in walk(trainer, data, list(days), is_training=line.is_trained):
+            token[data.event_before[result.event_row]] = result.token
+            rows.append(result.row)
+            scores.append(result.score)
+    else:
+        if line.is_trained:
+            for _ in fit(trainer, data, range(days.start, frozen_at)):
+                pass
+        token[:] = trainer.tokens(data, data.events)
+        row, score = trainer.predict(data, data.day_units(range(frozen_at, days.stop)))
+        rows.append(row)
+        scores.append(score)
+    label = data.tensors.label_N.cpu().numpy()[np.concatenate(rows)]
+    known = ~np.isnan(label)
+    source_auc = metrics.auc(label[known], np.concatenate(scores)[known])
+    tokens = line_arrays(data, token, domain)
+    return LineResult(tokens, source_auc, time.perf_counter() - started, drift_of(trainer, data, token))
+
+
+def line_arrays(data: StreamData, token: Array, domain: Domain) -> LineArrays:
+    """Tokens [E, D] with the moments they may be read from, and the item tokens they sum to."""
+    event_day = data.day[data.events]
+    items = item_token_days(data.item_id[data.events], event_day, token)
+    delay_us = domain.tokens.delay_us
+    item_available_us = (items.day.astype(np.int64) + 1) * DAY_US + delay_us
+    found = ItemArrays.of(items.item_id, item_available_us, items.decayed_sum, items.decayed_count)
+    return LineArrays(token, (event_day + 1) * DAY_US + delay_us, found)
+
+
+def drift_of(trainer: Trainer, data: StreamData, token: Array, num_days: int = 12) -> list[tuple[int, float]]:
+    """Cosine of stored tokens against the same events under the last weights, on days spread over the range."""
+    event_day = data.day[data.events]
+    days = np.unique(event_day)
+    found = []
+    for day in days[np.linspace(0, len(days) - 1, min(num_days, len(days))).astype(int)]:
+        at = np.flatnonzero(event_day == day)[:2000]
+        now, then = trainer.tokens(data, data.events[at]).astype(np.float32), token[at].astype(np.float32)
+        norm = np.linalg.norm(now, axis=1) * np.linalg.norm(then, axis=1)
+        found.append((int(day), float(((now * then).sum(1) / np.maximum(norm, 1e-6)).mean())))
+    return found
+
+
+def store_of(store: IndexStore, line: LineArrays) -> IndexStore:
+    """The same histories with a line's tokens."""
+    return store.with_tokens(line.token, line.available_us, line.items)
+
+
+def restrict(result: LineResult, keep: Array) -> LineResult:
+    """The tokens of some events only (a ranker's users); item tokens stay those of all users."""
+    tokens = LineArrays(result.tokens.token[keep], result.tokens.available_us[keep], result.tokens.items)
+    return LineResult(tokens, result.source_auc, result.seconds, result.drift)
+
+
+WINDOW_METRICS = ("auc", "gauc", "log_loss", "normalised_entropy")
+
+
+def window(data: RankerData, days: range, first_share: float, last_share: float) -> Array:
+    """Samples whose moment lies between two shares of the days, label known."""
+    begin, end = (days.start + round(len(days) * share) for share in (first_share, last_share))
+    day = data.samples.as_of_us // DAY_US
+    return (day >= begin) & (day < end) & ~np.isnan(data.samples.label)
+
+
+def scores_of(predictions: Predictions, num_samples: int) -> Array:
+    """Scores by sample; NaN where not predicted."""
+    out = np.full(num_samples, np.nan, np.float64)
+    out[predictions.sample] = predictions.score
+    return out
+
+
+def summarise(
+    arms: Mapping[str, Sequence[Predictions]], data: RankerData, inside: Array, *, bootstraps: int = 200, with_difference: bool = True
+) -> list[dict[str, Any]]:
+    """One row per arm on the window's samples: metrics with intervals over users (mean over seeds), differences to the base over users and seeds."""
+    scores = {name: np.stack([scores_of(p, len(data)) for p in found]) for name, found in arms.items()}
+    predicted = np.all([~np.isnan(s).any(axis=0) for s in scores.values()], axis=0) & inside
+    user, label = data.samples.user_id[predicted], data.samples.label[predicted]
+    scores = {name: s[:, predicted] for name, s in scores.items()}
+    rows = []
+    for name, found in arms.items():
+        by_seed = [metrics.user_bootstrap(user, label, s, WINDOW_METRICS, num=bootstraps) for s in scores[name]]
+        row: dict[str, Any] = {"name": name, "num_rows": int(predicted.sum()), "num_seeds": len(found)}
+        for metric in WINDOW_METRICS:
+            values = [b[metric] for b in by_seed]
+            key = {"log_loss": "logloss", "normalised_entropy": "ne"}.get(metric, metric)
+            row[key] = float(np.mean([v.value for v in values]))
+            row[f"{key}_low"] = float(np.mean([v.low for v in values]))
+            row[f"{key}_high"] = float(np.mean([v.high for v in values]))
+        if with_difference and BASE in scores and name != BASE:
+            for metric, key in (("auc", "diff_auc"), ("gauc", "diff_gauc"), ("log_loss", "diff_logloss")):
+                paired = metrics.paired_difference(user, label, scores[name], scores[BASE], metric, num=bootstraps)
+                short = "diff" if metric == "auc" else key
+                row[key], row[f"{short}_low"], row[f"{short}_high"] = paired.value, paired.low, paired.high
+        row["seconds"] = float(np.mean([p.seconds for p in found]))
+        row["trained_rows"] = int(np.mean([p.num_rows for p in found]))
+        rows.append(row)
+    return rows
+
+
+def weekly_auc(data: RankerData, predictions: Predictions, days: range) -> list[dict[str, Any]]:
+    """Progressive AUC week by week."""
+    score = scores_of(predictions, len(data))
+    week = (data.samples.as_of_us // DAY_US - days.start) // 7
+    is_known = ~np.isnan(score) & ~np.isnan(data.samples.label)
+    found = []
+    for number in np.unique(week[is_known]):
+        at = is_known & (week == number)
+        start = as_date(days.start) + timedelta(days=int(number) * 7)
+        found.append({"start": str(start), "auc": metrics.auc(data.samples.label[at], score[at])})
+    return found
+
+
+def stream_of(rows: Any, domain: Domain, device: str) -> tuple[StreamData, Vocabulary]:
+    """Stream rows as device-resident data with a vocabulary of all of them."""
+    vocabulary = streams.vocabulary_of(rows, domain)
+    return streams.load(rows, domain, vocabulary, device), vocabulary
+
+
+def quiet_threads(num: int) -> None:
+    """Limit torch's threads, for several processes on one machine."""
+    torch.set_num_threads(num)
