@@ -94,7 +94,8 @@ def encode(vectors: npt.NDArray[Any], codec: str = "float16") -> pa.BinaryArray:
     if vectors.ndim != 2:
         raise InputError(f"vectors to encode must be [n, D], got {list(vectors.shape)}")
     form = TokenFormat(codec, vectors.shape[1])
-    values = np.ascontiguousarray(vectors, CODECS[codec])
+    with np.errstate(over="ignore"):  # too large for the codec is infinite, and refused below
+        values = np.array(vectors, CODECS[codec], order="C")  # a copy: the caller may write on
     if not np.isfinite(values).all():
         num_bad = int((~np.isfinite(values)).any(axis=1).sum())
         raise InputError(
