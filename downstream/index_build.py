@@ -19,7 +19,15 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from tqdm import tqdm
 
-from downstream.index_arrays import Array, LineMeta, Meta, segments_of, user_major_order
+from downstream.index_arrays import (
+    ITEM_ARRAYS,
+    Array,
+    ItemArrays,
+    LineMeta,
+    Meta,
+    segments_of,
+    user_major_order,
+)
 from downstream.index_files import Snapshot, Source, Users, Writer
 from pipelines import tables
 from pipelines.days import Days
@@ -39,12 +47,13 @@ def build(
     days: Days | None,
     lines: Sequence[str],
     fields: bool,
+    only_users: Sequence[int] | None = None,
 ) -> None:
     """Write the index of `days` (None: all) into `folder`, replacing what was there."""
     making = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         making.mkdir(parents=True)
-        _write(lake, domain, making, days, lines, fields)
+        _write(lake, domain, making, days, lines, fields, only_users)
         _publish(making, folder)
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
@@ -65,17 +74,26 @@ def _publish(making: Path, folder: Path) -> None:
 
 
 def _write(
-    lake: str, domain: Domain, folder: Path, days: Days | None, lines: Sequence[str], fields: bool
+    lake: str,
+    domain: Domain,
+    folder: Path,
+    days: Days | None,
+    lines: Sequence[str],
+    fields: bool,
+    only_users: Sequence[int] | None,
 ) -> None:
     snapshot = Snapshot(lake)
-    histories = snapshot.source(tables.histories(domain), _of_days(days))
+    asked = _of_days(days)
+    if only_users is not None:
+        asked = asked & ds.field("user_id").isin(pa.array(only_users, pa.int64()))
+    histories = snapshot.source(tables.histories(domain), asked)
     formats: dict[str, TokenFormat] = {}
     tokens: dict[str, Source] = {}
     for line in lines:
-        kept = _of_days(days) & (ds.field("compressor_line") == line)
+        kept = asked & (ds.field("compressor_line") == line)
         tokens[line] = snapshot.source(tables.instance_tokens(domain.name), kept)
         formats[line] = _format(tokens[line], line)
-    real = _of_days(days) & ~ds.field("is_sampled")
+    real = asked & ~ds.field("is_sampled")
     logged = snapshot.source(tables.user_order(domain), real) if fields else None
     users = Users.read(histories)
     for source in tokens.values():
@@ -91,6 +109,9 @@ def _write(
         if logged is not None:
             _put_fields(writer, logged, buckets, rows, domain)
     for at, line in enumerate(lines):
+        if only_users is not None:
+            _allocate_items(writer, f"line{at}", ItemArrays.none(formats[line].width))
+            continue
         items = snapshot.source(tables.item_tokens(domain.name), _items_until(days, line))
         _put_items(writer, items, f"line{at}", formats[line].width)
     Meta(
@@ -130,7 +151,11 @@ def _format(tokens: Source, line: str) -> TokenFormat:
     form = declared(tokens.opened)
     first = next((b for b in tokens.batches(["token"]) if len(b)), None)
     if first is None:
-        raise InputError(f"{name} has no tokens of line {line!r} in the asked days")
+        if form is None:
+            raise InputError(
+                f"{name} has no tokens of line {line!r} in the asked days, and declares no width"
+            )
+        return form
     num_bytes = len(first.column("token")[0].as_py())
     if form is None:
         return TokenFormat("float16", num_bytes // CODECS["float16"].itemsize)
@@ -254,17 +279,10 @@ def _put_items(writer: Writer, source: Source, line: str, width: int) -> None:
     item_id, available_us = _ints(found, "item_id"), times_us(found, "available_time")
     order = np.lexsort((available_us, item_id))
     item_ids, offsets = segments_of(item_id[order])
-    count = found.column("decayed_count").to_numpy()
-    sorted_columns = {
-        "item_ids": item_ids,
-        "item_offsets": offsets,
-        "item_available_us": available_us[order],
-        "item_count": count[order],
-    }
-    for name, values in sorted_columns.items():
-        writer.allocate(f"{line}/{name}", values.shape, values.dtype)
-        writer.put(f"{line}/{name}", np.arange(len(values)), values)
-    writer.allocate(f"{line}/item_sum", (len(order), width), np.float32)
+    count = found.column("decayed_count").to_numpy()[order]
+    # The sums' values follow; broadcast, they take no memory until then.
+    sums = np.broadcast_to(np.float32(0), (len(order), width))
+    _allocate_items(writer, line, ItemArrays(item_ids, offsets, available_us[order], sums, count))
     row = np.empty(len(order), np.int64)
     row[order] = np.arange(len(order))
     at = 0
@@ -275,6 +293,12 @@ def _put_items(writer: Writer, source: Source, line: str, width: int) -> None:
         sums = decode(batch.column("decayed_sum"), TokenFormat("float32", width))
         writer.put(f"{line}/item_sum", here, sums)
         at += len(batch)
+
+
+def _allocate_items(writer: Writer, line: str, items: ItemArrays) -> None:
+    for name, values in zip(ITEM_ARRAYS, vars(items).values(), strict=True):
+        writer.allocate(f"{line}/{name}", values.shape, values.dtype)
+        writer.put(f"{line}/{name}", np.arange(len(values)), values)
 
 
 def _ints(rows: pa.Table, name: str) -> Array:

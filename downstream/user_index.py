@@ -64,15 +64,19 @@ class UserIndex:
         days: Days | None,
         lines: Sequence[str] = (),
         fields: bool = False,
+        only_users: Sequence[int] | None = None,
     ) -> UserIndex:
         """Build the whole index from the lake's newest tables, in place of what `folder` held.
 
-        `fields`: all model-ready features of the events too. It costs O(all days): a day more means
-        building again.
+        It costs O(all days): a day more means building again.
+
+        Args:
+            fields: all model-ready features of the events too.
+            only_users: these users' histories only, and no item tokens; quick for a few.
         """
         from downstream.index_build import build
 
-        build(lake, domain, folder, days=days, lines=lines, fields=fields)
+        build(lake, domain, folder, days=days, lines=lines, fields=fields, only_users=only_users)
         return cls.open(folder)
 
     @classmethod

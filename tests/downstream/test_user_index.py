@@ -277,11 +277,6 @@ def as_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(made, schema=schema)
 
 
-@pytest.fixture
-def lake(tmp_path: Path) -> str:
-    return str(tmp_path / "lake")
-
-
 @pytest.mark.parametrize("rows_at_once", [1, 4_000_000])
 def test_an_index_built_from_the_lake_says_what_the_rows_say(
     lake: str, tmp_path: Path, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
