@@ -1,0 +1,260 @@
+"""Ranker samples as device-resident tensors, and the batches cut from them.
+
+All candidates of a request share user, moment and history, so a batch is R pieces of requests with
+up to C candidates each, and its history is fetched R times. What depends on no model (match
+features, vocabulary rows) is computed once for all rows.
+
+Shape legend: n samples, G requests, P pieces, R pieces of a batch, C candidates, L sequence length,
+S id slots, N events of the index, F side fields, K labels, M match features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from compressor.nn.embedding import Vocabulary
+from downstream.batch import MAIN, HistorySequence, RankerBatch
+from downstream.configs import RankerConfig
+from downstream.inputs import RankerInputs
+from downstream.match_features import MatchIndex
+from downstream.samples import Array, Pieces, Samples, users_kept
+from downstream.token_store import Tokens
+from downstream.user_index import IndexStore
+from pipelines.domain import Domain
+from pipelines.errors import InputError
+from pipelines.features import FeatureLayout
+
+DAY_US = 86_400_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class RankerTensors:
+    """What batches gather from, on the device; [n] tensors are ordered by request."""
+
+    user_G: Tensor
+    as_of_G: Tensor
+    ids_GS: Tensor
+    numbers_GN: Tensor
+    sample_n: Tensor
+    item_n: Tensor
+    ids_nS: Tensor
+    numbers_nN: Tensor
+    match_nM: Tensor
+    label_n: Tensor
+    label_time_n: Tensor
+    side_NF: Tensor
+    field_ids_NS: Tensor | None
+    field_numbers_NN: Tensor | None
+
+
+@dataclass(frozen=True)
+class RankerData:
+    """Samples by request on a device, with the store their histories are fetched from."""
+
+    inputs: RankerInputs
+    vocabulary: Vocabulary
+    samples: Samples
+    store: IndexStore
+    pieces: Pieces
+    piece_day: Array
+    """[P] Days since 1970 of the request, ascending."""
+    delay_us: int
+    """From the midnight after an event to its publication (what its token would wait)."""
+    tensors: RankerTensors
+
+    @classmethod
+    def load(
+        cls,
+        rows: pa.Table,
+        domain: Domain,
+        store: IndexStore,
+        *,
+        fields: bool = False,
+        user_share: float = 1.0,
+        user_seed: int = 0,
+    ) -> RankerData:
+        """From rows of `ranker_samples`, on the store's device, match features computed here.
+
+        `fields`: for the end-to-end arm too; the index must then hold all logged fields.
+        """
+        kept = users_kept(rows.column("user_id").to_numpy(), user_share, user_seed)
+        samples = Samples.of(rows.filter(pa.array(kept)), domain)
+        match_nM = match_of(samples, RankerInputs.of(domain, num_match=0), store)
+        inputs = RankerInputs.of(domain, num_match=match_nM.shape[1], token_width=store.width)
+        delay_us = domain.tokens.delay_us
+        return cls.from_arrays(inputs, samples, store, match_nM, delay_us=delay_us, fields=fields)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        inputs: RankerInputs,
+        samples: Samples,
+        store: IndexStore,
+        match_nM: Tensor,
+        *,
+        delay_us: int = 0,
+        fields: bool = False,
+    ) -> RankerData:
+        """On the store's device; the vocabulary holds every id of the samples and of the index."""
+        index = store.index.arrays
+        if fields and "ids" not in index:
+            raise InputError("the index holds no logged fields; build it with fields=True")
+        side_ids = [index[f.stream_column] for f in inputs.side.features]
+        side_NF = np.stack(side_ids, 1) if side_ids else np.zeros((len(store), 0), np.int32)
+        known = [(inputs.request, samples.request.ids), (inputs.candidate, samples.candidate.ids)]
+        known.append((inputs.side, side_NF))
+        known += [(inputs.fields, np.asarray(index["ids"]))] if fields else []
+        vocabulary = Vocabulary.empty()
+        for layout, ids in known:
+            vocabulary = vocabulary.extended(layout.slot_tables, ids)
+        pieces = Pieces.of(samples)
+        order, first_G = pieces.order, pieces.order[pieces.request_start]
+
+        def tensor(values: Array) -> Tensor:
+            return torch.from_numpy(np.array(values)).to(store.device)
+
+        def rows_of(layout: FeatureLayout, ids: Array) -> Tensor:
+            return tensor(vocabulary.rows(layout.slot_tables, ids))
+
+        tensors = RankerTensors(
+            user_G=tensor(samples.user_id[first_G]),
+            as_of_G=tensor(samples.as_of_us[first_G]),
+            ids_GS=rows_of(inputs.request, samples.request.ids[first_G]),
+            numbers_GN=tensor(samples.request.numbers[first_G]),
+            sample_n=tensor(order),
+            item_n=tensor(samples.item_id[order]),
+            ids_nS=rows_of(inputs.candidate, samples.candidate.ids[order]),
+            numbers_nN=tensor(samples.candidate.numbers[order]),
+            match_nM=match_nM.to(store.device)[tensor(order)],
+            label_n=tensor(samples.label[order]),
+            label_time_n=tensor(samples.label_time_us[order]),
+            side_NF=rows_of(inputs.side, side_NF),
+            field_ids_NS=rows_of(inputs.fields, np.asarray(index["ids"])) if fields else None,
+            field_numbers_NN=tensor(index["numbers"]) if fields else None,
+        )
+        piece_day = samples.as_of_us[first_G][pieces.request] // DAY_US
+        return cls(inputs, vocabulary, samples, store, pieces, piece_day, delay_us, tensors)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors.sample_n.device
+
+    def with_store(self, store: IndexStore) -> RankerData:
+        """The same samples beside another line's tokens of the same histories."""
+        if len(store) != len(self.tensors.side_NF):
+            raise InputError(
+                f"the store has {len(store)} events and these samples were loaded with an index "
+                f"of {len(self.tensors.side_NF)}; load them again"
+            )
+        return replace(self, store=store, inputs=replace(self.inputs, token_width=store.width))
+
+    def of_days(self, first_day: int, last_day: int) -> Array:
+        """Pieces of the days [first_day, last_day) since 1970, in order."""
+        return np.arange(*np.searchsorted(self.piece_day, [first_day, last_day]))
+
+    def batch(
+        self, pieces: Array, config: RankerConfig, *, known_before_us: int | None = None
+    ) -> RankerBatch:
+        """The batch of some pieces, holding what `config` reads.
+
+        Labels known at or after `known_before_us` are unknown.
+        """
+        t, device = self.tensors, self.device
+        sizes = self.pieces.size[pieces]
+        # One copy to the device for all that the host knows of the batch.
+        host = np.stack([sizes, self.pieces.start[pieces], self.pieces.request[pieces]])
+        size_R, start_R, request_R = torch.from_numpy(host).to(device, non_blocking=True)
+        step_C = torch.arange(int(sizes.max(initial=1)), device=device)
+        mask_RC = step_C < size_R[:, None]
+        place_RC = torch.where(mask_RC, start_R[:, None] + step_C, start_R[:, None])
+        user_R, as_of_R = t.user_G[request_R], t.as_of_G[request_R]
+        is_unknown_RC = ~mask_RC
+        if known_before_us is not None:
+            is_unknown_RC |= t.label_time_n[place_RC] >= known_before_us
+        item_token_RCD = item_mask_RC = None
+        if config.item_tokens:
+            as_of_RC = as_of_R[:, None].expand_as(place_RC)
+            items = self.store.fetch_items(t.item_n[place_RC].flatten(), as_of_RC.flatten())
+            item_token_RCD = items.token_BD.float().unflatten(0, place_RC.shape)
+            item_mask_RC = items.mask_B.unflatten(0, place_RC.shape)
+        is_read = config.history or config.branch != "none"
+        return RankerBatch(
+            ids_RS=t.ids_GS[request_R],
+            numbers_RN=t.numbers_GN[request_R],
+            histories={MAIN: self._history(user_R, as_of_R, config)} if is_read else {},
+            ids_RCS=t.ids_nS[place_RC],
+            numbers_RCN=t.numbers_nN[place_RC],
+            match_RCM=t.match_nM[place_RC],
+            mask_RC=mask_RC,
+            label_RC=t.label_n[place_RC].masked_fill(is_unknown_RC, float("nan")),
+            user_R=user_R,
+            sample_RC=t.sample_n[place_RC].masked_fill(~mask_RC, -1),
+            item_token_RCD=item_token_RCD,
+            item_token_mask_RC=item_mask_RC,
+        )
+
+    def _history(self, user_R: Tensor, as_of_R: Tensor, config: RankerConfig) -> HistorySequence:
+        found = self.store.fetch(user_R, as_of_R, config.history_length)
+        row_RL = found.row_BL.clamp(min=0)
+        labels = [side for name, side in found.side.items() if name.startswith("label_")]
+        sequence = HistorySequence(
+            ids_RLF=self.tensors.side_NF[row_RL],
+            gap_s_RL=found.gap_s_BL,
+            label_RLK=torch.stack(labels, dim=-1),
+            mask_RL=found.mask_BL,
+        )
+        if config.branch == "tokens":
+            token_RLD = found.token_BLD.float()
+            return sequence._replace(token_RLD=token_RLD, token_mask_RL=found.token_mask_BL)
+        if config.branch == "fields":
+            ids_NS, numbers_NN = self.tensors.field_ids_NS, self.tensors.field_numbers_NN
+            if ids_NS is None or numbers_NN is None:
+                raise InputError("this arm reads all logged fields; load the samples with them")
+            return sequence._replace(
+                field_ids_RLS=ids_NS[row_RL],
+                field_numbers_RLN=numbers_NN[row_RL],
+                field_mask_RL=self._published(found, as_of_R),
+            )
+        return sequence
+
+    def _published(self, found: Tokens, as_of_R: Tensor) -> Tensor:
+        """Where an event's token could have been read by then: [R, L]."""
+        time_RL = self.store.columns["event_time_us"][found.row_BL.clamp(min=0)]
+        available_RL = (time_RL // DAY_US + 1) * DAY_US + self.delay_us
+        return found.mask_BL & (available_RL < as_of_R[:, None])
+
+
+def match_of(samples: Samples, inputs: RankerInputs, store: IndexStore) -> Tensor:
+    """[n, M] match features of the samples' candidates, on the store's device."""
+    slots = inputs.candidate.slots
+    side = {
+        f.stream_column: torch.from_numpy(samples.candidate.ids[:, slots[f.name].start])
+        for f in inputs.side.features
+    }
+    user_id, as_of_us = torch.from_numpy(samples.user_id), torch.from_numpy(samples.as_of_us)
+    index = MatchIndex.build(store)
+    return index.features(user_id, as_of_us, torch.from_numpy(samples.item_id), side)
+
+
+def with_shuffled_tokens(store: IndexStore, seed: int) -> IndexStore:
+    """The control in which a day's tokens are dealt out again among that day's events.
+
+    Item tokens are none: they would still be those of the item.
+    """
+    available = store.available_us_N.cpu().numpy()
+    day = store.columns["event_time_us"].cpu().numpy() // DAY_US
+    noise = np.random.default_rng(seed).permutation(len(day))
+    # Dealt within equal (day, available): who reads when is untouched, what is read is not.
+    taken, given = np.lexsort((available, day)), np.lexsort((noise, available, day))
+    source = np.empty_like(taken)
+    source[taken] = given
+    place = torch.from_numpy(source).to(store.device)
+    return store.with_tokens(store.token_ND[place], store.available_us_N)

@@ -1,0 +1,263 @@
+"""From groups of features to a logit: RankMixer over feature tokens, and the ranker around it.
+
+Zhu et al., "RankMixer", arXiv 2507.15551 (groups, token mixing, mean read-out); IAT's placement of
+the history and of the token branch as feature tokens *before* the interaction (papers/iat 1.6).
+
+Shape legend: R requests, C candidates, L sequence length, T feature tokens, D width, F side fields,
+E embedding width, M match features, X any flat width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compressor.nn.embedding import EmbeddingBank, Vocabulary
+from compressor.nn.mixing import RankMixer
+from downstream.batch import MAIN, HistorySequence, RankerBatch
+from downstream.configs import RankerConfig
+from downstream.inputs import FieldVectors, RankerInputs
+from downstream.tokens import BranchState, ItemTokenFeatures, TokenBranch
+
+GROUPS = ("user", "context", "item", "cross", "history", "branch")
+SPARE_TO = ("item", "cross", "history", "context", "user", "branch")
+"""Who gets the tokens that are left when every group has one, in turn."""
+MATCH_HIDDEN = 64
+
+
+class SequenceModel(Protocol):
+    """A reader of the hand-made sequence: encoded once a request, read once a candidate."""
+
+    width: int
+    """Of what it reads for a candidate."""
+
+    def encode(self, side_RLX: Tensor, sequence: HistorySequence) -> Any: ...
+
+    def read(self, state: Any, side_RCX: Tensor, candidate_RCX: Tensor) -> Tensor:
+        """read_RCX of that width."""
+        ...
+
+
+SequenceFactory = Callable[[RankerConfig, RankerInputs, int, int], SequenceModel]
+"""(config, inputs, width of a step's side fields, width of a candidate's vector)."""
+
+
+class RequestState(NamedTuple):
+    """What no candidate changes."""
+
+    request_RX: Tensor
+    token_RTD: Tensor | None
+    sequence: Any
+    branch: BranchState | None
+
+
+class SequenceRanker(nn.Module):
+    """Embeddings, a sequence model, the token branch, feature tokens, RankMixer, head."""
+
+    def __init__(
+        self,
+        config: RankerConfig,
+        inputs: RankerInputs,
+        vocabulary: Vocabulary,
+        sequence: SequenceFactory,
+        *,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.config, self.inputs = config, inputs
+        embedding = config.embedding
+        self.bank = EmbeddingBank(vocabulary, embedding, seed=seed, std=config.embedding_std)
+        self.user = FieldVectors(inputs.user, embedding)
+        self.context = FieldVectors(inputs.context, embedding)
+        self.candidate = FieldVectors(inputs.candidate, embedding)
+        self.fields = FieldVectors(inputs.fields, embedding) if config.branch == "fields" else None
+        side_width = len(inputs.side.features) * embedding
+        request_width = self.user.width + self.context.width
+        widths = {"user": self.user.width, "context": self.context.width}
+        widths["item"] = self.candidate.width
+        self.sequence: SequenceModel | None = None
+        self.match: MatchFeatures | None = None
+        self.branch: TokenBranch | None = None
+        self.item_token: ItemTokenFeatures | None = None
+        if config.history:
+            self.sequence = sequence(config, inputs, side_width, self.candidate.width)
+            widths["history"] = self.sequence.width
+        if config.match:
+            self.match = MatchFeatures(inputs.num_match)
+            widths["cross"] = self.match.width
+        if config.item_tokens:
+            self.item_token = ItemTokenFeatures(inputs.token_width, config.width)
+            widths["cross"] = widths.get("cross", 0) + self.item_token.width
+        if config.branch != "none":
+            self.branch = TokenBranch(
+                config,
+                inputs,
+                source_width=self.fields.width if self.fields else inputs.token_width,
+                side_width=side_width,
+                request_width=request_width,
+                candidate_width=self.candidate.width,
+                summary_width=widths.get("history", 0),
+            )
+            widths["branch"] = config.width
+        self.interaction = Interaction(config, widths)
+
+    def encode_request(self, batch: RankerBatch) -> RequestState:
+        """See Ranker."""
+        num_slots = batch.ids_RS.shape[1]
+        is_read = self.sequence is not None or self.branch is not None
+        past = [batch.histories[MAIN].ids_RLF.flatten(1)] if is_read else []
+        # One gather, so that the backward pass makes one gradient of the whole table.
+        vectors_RSE = self.bank(torch.cat([batch.ids_RS, *past], dim=1))
+        at = self.inputs.user.num_slots
+        at_numbers = len(self.inputs.user.numbers)
+        groups = {}
+        for name, encoder, slots, numbers in (
+            ("user", self.user, slice(0, at), slice(0, at_numbers)),
+            ("context", self.context, slice(at, num_slots), slice(at_numbers, None)),
+        ):
+            groups[name] = encoder(
+                vectors_RSE[:, slots], batch.ids_RS[:, slots], batch.numbers_RN[:, numbers]
+            )
+        request_RX = torch.cat([groups["user"], groups["context"]], dim=1)
+        token_RTD = self.interaction.tokens(groups)
+        if not is_read:
+            return RequestState(request_RX, token_RTD, None, None)
+        sequence = batch.histories[MAIN]
+        side_RLX = vectors_RSE[:, num_slots:].reshape(*sequence.mask_RL.shape, -1)
+        read = self.sequence.encode(side_RLX, sequence) if self.sequence is not None else None
+        branch = None
+        if self.branch is not None:
+            source_RLX, is_there_RL = self._source(sequence)
+            branch = self.branch.encode(source_RLX, is_there_RL, side_RLX, request_RX, sequence)
+        return RequestState(request_RX, token_RTD, read, branch)
+
+    def score(self, state: RequestState, batch: RankerBatch) -> Tensor:
+        """See Ranker."""
+        vectors_RCSE = self.bank(batch.ids_RCS)
+        candidate_RCX = self.candidate(vectors_RCSE, batch.ids_RCS, batch.numbers_RCN)
+        groups = {"item": candidate_RCX}
+        cross = [self.match(batch.match_RCM)] if self.match is not None else []
+        if self.sequence is not None:
+            side_RCX = vectors_RCSE[:, :, self.inputs.side_slots].flatten(2)
+            groups["history"] = self.sequence.read(state.sequence, side_RCX, candidate_RCX)
+        item_slot_RCD = item_token_RCD = None
+        if self.branch is not None and state.branch is not None:
+            if self.item_token is not None:
+                item_token_RCD, item_mask_RC = _item_tokens(batch)
+                item_slot_RCD, cross_RCX = self.item_token(
+                    item_token_RCD, item_mask_RC, state.branch
+                )
+                cross.append(cross_RCX)
+            groups["branch"] = self.branch.read(
+                state.branch, candidate_RCX, groups.get("history"), item_token_RCD
+            )
+        if cross:
+            groups["cross"] = torch.cat(cross, dim=-1)
+        token_RCTD = self.interaction.tokens(groups, item_slot_RCD)
+        assert token_RCTD is not None  # there is always an item group
+        if state.token_RTD is not None:
+            shape = (-1, token_RCTD.shape[1], -1, -1)
+            token_RCTD = torch.cat([state.token_RTD[:, None].expand(shape), token_RCTD], dim=2)
+        return self.interaction(token_RCTD)
+
+    def forward(self, batch: RankerBatch) -> Tensor:
+        """logit_RC."""
+        return self.score(self.encode_request(batch), batch)
+
+    def _source(self, sequence: HistorySequence) -> tuple[Tensor, Tensor]:
+        """What the branch reads of each step, and where it is there to be read."""
+        if self.fields is None:
+            if sequence.token_RLD is None or sequence.token_mask_RL is None:
+                raise ValueError("this ranker reads tokens and the batch's history has none")
+            return sequence.token_RLD.detach().float(), sequence.token_mask_RL
+        rows, numbers = sequence.field_ids_RLS, sequence.field_numbers_RLN
+        if rows is None or numbers is None or sequence.field_mask_RL is None:
+            raise ValueError("this ranker reads all logged fields and the batch's history has none")
+        return self.fields(self.bank(rows), rows, numbers), sequence.field_mask_RL
+
+
+def _item_tokens(batch: RankerBatch) -> tuple[Tensor, Tensor]:
+    """Item tokens, 0 where there is none, and where there is one."""
+    if batch.item_token_RCD is None or batch.item_token_mask_RC is None:
+        raise ValueError("this ranker reads item tokens and the batch has none")
+    mask_RC = batch.item_token_mask_RC
+    return batch.item_token_RCD.detach().masked_fill(~mask_RC[..., None], 0), mask_RC
+
+
+class MatchFeatures(nn.Module):
+    """Match features through one small MLP, and beside it as they are."""
+
+    def __init__(self, num_match: int) -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.Linear(num_match, MATCH_HIDDEN),
+            nn.GELU(),
+            nn.Linear(MATCH_HIDDEN, MATCH_HIDDEN),
+            nn.GELU(),
+        )
+        self.width = num_match + MATCH_HIDDEN
+
+    def forward(self, match_RCM: Tensor) -> Tensor:
+        return torch.cat([match_RCM, self.hidden(match_RCM)], dim=-1)
+
+
+class Interaction(nn.Module):
+    """Groups of features -> T tokens (each group its own MLP) -> RankMixer -> mean -> logit."""
+
+    def __init__(self, config: RankerConfig, widths: dict[str, int]) -> None:
+        super().__init__()
+        present = [name for name in GROUPS if widths.get(name, 0)]
+        self.width = config.width
+        self.shares = shares(present, config.num_tokens)
+        self.project = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(widths[name], config.width),
+                    nn.GELU(),
+                    nn.Linear(config.width, self.shares[name] * config.width),
+                )
+                for name in present
+            }
+        )
+        self.mixer = RankMixer(
+            num_tokens=config.num_tokens,
+            width=config.width,
+            depth=config.depth,
+            expansion=config.expansion,
+        )
+        self.head = nn.Sequential(
+            nn.Linear(config.width, config.width), nn.GELU(), nn.Linear(config.width, 1)
+        )
+
+    def tokens(
+        self, groups: dict[str, Tensor], item_slot_RCD: Tensor | None = None
+    ) -> Tensor | None:
+        """[..., T', D] tokens of the groups given, in the order of GROUPS; None without any."""
+        found = []
+        for name in GROUPS:
+            if name not in groups or name not in self.shares:
+                continue
+            token = self.project[name](groups[name]).unflatten(-1, (self.shares[name], self.width))
+            if name == "item" and item_slot_RCD is not None:
+                token = token + item_slot_RCD.unsqueeze(-2)
+            found.append(token)
+        return torch.cat(found, dim=-2) if found else None
+
+    def forward(self, token_RCTD: Tensor) -> Tensor:
+        """logit_RC."""
+        mixed = self.mixer(token_RCTD.flatten(0, 1))
+        logit = self.head(mixed.mean(dim=1)).squeeze(-1)
+        return logit.unflatten(0, token_RCTD.shape[:2])
+
+
+def shares(present: list[str], num_tokens: int) -> dict[str, int]:
+    """Tokens per group: one each, the rest in turn."""
+    found = dict.fromkeys(present, 1)
+    turns = [name for name in SPARE_TO if name in found]
+    for turn in range(num_tokens - len(present)):
+        found[turns[turn % len(turns)]] += 1
+    return found

@@ -1,0 +1,131 @@
+"""Ranker samples as arrays, which users are kept, and how samples are cut into pieces of requests.
+
+Shape legend: n samples, G requests, P pieces of requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from downstream.inputs import RankerInputs
+from pipelines.domain import Domain
+from pipelines.errors import InputError
+from pipelines.features import FeatureArrays, arrays, times_us
+
+PIECE_SIZES = (1, 2, 4, 8, 16, 32)
+REQUEST_COST = 12.0
+"""What a request's history costs, in candidates: decides how finely requests are cut."""
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Ranker samples [n]; feature ids are hash buckets."""
+
+    instance_id: Array
+    user_id: Array
+    item_id: Array
+    request_id: Array
+    as_of_us: Array
+    request: FeatureArrays
+    """User features, then context features."""
+    candidate: FeatureArrays
+    label: Array
+    """0, 1 or NaN (unknown), float32."""
+    label_time_us: Array
+
+    def __len__(self) -> int:
+        return len(self.as_of_us)
+
+    @classmethod
+    def of(cls, rows: pa.Table, domain: Domain) -> Samples:
+        """From rows of the table `ranker_samples`; the label is the domain's main one."""
+        inputs = RankerInputs.of(domain, num_match=0)
+        label = rows.column(f"label_{domain.label.name}").to_numpy(zero_copy_only=False)
+        return cls(
+            instance_id=rows.column("instance_id").to_numpy(),
+            user_id=rows.column("user_id").to_numpy(),
+            item_id=rows.column("item_id").to_numpy(),
+            request_id=rows.column("request_id").to_numpy(),
+            as_of_us=times_us(rows, "as_of"),
+            request=arrays(rows, inputs.request),
+            candidate=arrays(rows, inputs.candidate),
+            label=np.asarray(label, np.float32),
+            label_time_us=times_us(rows, f"label_time_{domain.label.name}"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Samples ordered by request, each request cut into pieces of at most a size."""
+
+    order: Array
+    """[n] The sample at each place: by time, then request, then as loaded."""
+    request_start: Array
+    """[G] The request's first place."""
+    start: Array
+    """[P] The piece's first place."""
+    size: Array
+    request: Array
+    """[P] The request it is of."""
+
+    @classmethod
+    def of(cls, samples: Samples) -> Pieces:
+        """Rows of one user, moment, request id and request-side features are one request."""
+        shared = _fingerprint(samples.request)
+        keys = (shared, samples.user_id, samples.request_id, samples.as_of_us)
+        order = np.lexsort(keys)
+        is_first = np.zeros(len(order), bool)
+        is_first[:1] = True
+        for key in keys:
+            is_first[1:] |= np.diff(key[order]) != 0
+        request_start = np.flatnonzero(is_first)
+        sizes = np.diff(np.append(request_start, len(order)))
+        most = best_piece_size(sizes)
+        num_pieces = -(-sizes // most)
+        request = np.repeat(np.arange(len(sizes)), num_pieces)
+        number = np.arange(len(request)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+        # A request of 40 cut at 32 makes two pieces of 20, not one of 32 and one of 8.
+        begin = number * sizes[request] // num_pieces[request]
+        end = (number + 1) * sizes[request] // num_pieces[request]
+        return cls(order, request_start, request_start[request] + begin, end - begin, request)
+
+
+def best_piece_size(sizes: Array) -> int:
+    """The cut for which padding and repeated histories together cost least."""
+
+    def cost(most: int) -> float:
+        return float((-(-sizes // most)).sum() * (REQUEST_COST + most))
+
+    return min(PIECE_SIZES, key=cost)
+
+
+def users_kept(user_id: Array, share: float, seed: int) -> Array:
+    """Which rows' users fall into a random `share`: a function of user and seed alone."""
+    if not 0 < share <= 1:
+        raise InputError(f"--user-share must be above 0 and at most 1, got {share}")
+    if share == 1:
+        return np.ones(len(user_id), bool)
+    with np.errstate(over="ignore"):
+        state = user_id.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
+        state ^= state >> np.uint64(31)
+    return np.asarray((state >> np.uint64(11)).astype(np.float64) / 2**53 < share)
+
+
+def _fingerprint(features: FeatureArrays) -> Array:
+    """One number per row that differs where features do (but for chance of 2^-64)."""
+    columns = [*features.ids.T, *features.numbers.view(np.int32).T]
+    found = np.zeros(len(features), np.uint64)
+    with np.errstate(over="ignore"):
+        for column in columns:
+            found = (found ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
+            found ^= found >> np.uint64(29)
+    return found.view(np.int64)

@@ -1,0 +1,223 @@
+"""The two protocols of training a ranker (DESIGN 5.5): walk the days, or fit once, then predict.
+
+Streaming: each day is predicted with yesterday's averaged weights, then trained on (once, with as
+many requests of earlier days drawn uniformly beside it). Frozen: passes over the training days,
+stopped by the log loss of their last part, then every test day with the same weights.
+
+Shape legend: n samples, R requests, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressor.training.checkpoint import restore, state
+from compressor.training.loop import WeightAverage, train
+from downstream.batch import Ranker, RankerBatch
+from downstream.configs import RankerConfig, RankerTraining
+from downstream.data import DAY_US, RankerData
+from downstream.rankers import make_ranker
+from downstream.samples import Array
+
+PREDICT_REQUESTS = 256
+VALIDATION_SHARE = 0.1
+
+Floats = npt.NDArray[np.float32]
+
+
+class DayResult(NamedTuple):
+    """One day of the walk: its samples with the scores they had before training on the day."""
+
+    day: int
+    sample: Array
+    """Rows among the loaded samples; none on a warm-up day."""
+    score: Floats
+    """Probabilities."""
+    loss: float
+    """Mean training loss of the day's steps; NaN without any."""
+    num_steps: int
+
+
+class EpochResult(NamedTuple):
+    """One pass of the frozen protocol."""
+
+    epoch: int
+    loss: float
+    validation_loss: float
+    is_best: bool
+
+
+@dataclass
+class RankerTrainer:
+    """A ranker with all that its training carries from batch to batch."""
+
+    model: nn.Module
+    config: RankerConfig
+    training: RankerTraining
+    optimizer: torch.optim.Optimizer
+    average: WeightAverage
+    num_steps: int = 0
+    num_rows: int = 0
+    """Candidates that passed through training."""
+
+    @classmethod
+    def create(
+        cls, name: str, config: RankerConfig, training: RankerTraining, data: RankerData
+    ) -> RankerTrainer:
+        """A fresh ranker on the data's device; weights depend on the seed alone."""
+        model = make_ranker(name, config, data.inputs, data.vocabulary, training.seed)
+        model = model.to(data.device)
+        bank = [p for n, p in model.named_parameters() if n.startswith("bank.")]
+        rest = [p for n, p in model.named_parameters() if not n.startswith("bank.")]
+        rate = training.learning_rate
+        groups = [
+            {"params": rest, "lr": rate},
+            {"params": bank, "lr": rate * training.embedding_factor},
+        ]
+        optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
+        return cls(model, config, training, optimizer, WeightAverage(model, training.average))
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on (random draws are functions of seed and day)."""
+        return state(self.model, self.optimizer, self.average)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        restore(tensors, self.model, self.optimizer, self.average)
+
+    def train_on(
+        self, data: RankerData, groups: Sequence[Array], known_before_us: int
+    ) -> tuple[float, int]:
+        """One step a group of pieces; returns (mean loss, steps)."""
+
+        def batches() -> Iterator[RankerBatch]:
+            for group in groups:
+                yield data.batch(group, self.config, known_before_us=known_before_us)
+
+        total = torch.zeros((), device=data.device)
+        max_norm, average = self.training.max_norm, self.average
+        steps = train(
+            self.model, batches(), self.loss, self.optimizer, average=average, max_norm=max_norm
+        )
+        for _step, loss in steps:
+            total += loss
+        self.num_steps += len(groups)
+        self.num_rows += int(sum(data.pieces.size[group].sum() for group in groups))
+        return (float(total) / len(groups) if groups else float("nan")), len(groups)
+
+    def loss(self, batch: RankerBatch) -> Tensor:
+        """Mean cross-entropy of known labels, plus what the ranker adds by `losses`."""
+        ranker = cast(Ranker, self.model)
+        encoded = ranker.encode_request(batch)
+        loss = cross_entropy(ranker.score(encoded, batch), batch.label_RC)
+        extra: Any = getattr(self.model, "losses", None)
+        return loss if extra is None else loss + extra(encoded, batch)
+
+    @torch.no_grad()
+    def predict(self, data: RankerData, pieces: Array) -> tuple[Array, Floats]:
+        """(sample, probability) of all candidates of the pieces, under the averaged weights."""
+        if not len(pieces):
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        self.model.eval()
+        sample, score = [], []
+        with self.average:
+            for start in range(0, len(pieces), PREDICT_REQUESTS):
+                batch = data.batch(pieces[start : start + PREDICT_REQUESTS], self.config)
+                sample.append(batch.sample_RC.flatten())
+                score.append(torch.sigmoid(self.model(batch).float()).flatten())
+        samples, scores = torch.cat(sample).cpu().numpy(), torch.cat(score).cpu().numpy()
+        is_there = samples >= 0
+        return samples[is_there], scores[is_there]
+
+
+def cross_entropy(logit_RC: Tensor, label_RC: Tensor) -> Tensor:
+    """Mean over known labels; 0 where none is known."""
+    is_known_RC = ~torch.isnan(label_RC)
+    loss_RC = F.binary_cross_entropy_with_logits(
+        logit_RC, label_RC.nan_to_num(0.0), reduction="none"
+    )
+    return (loss_RC * is_known_RC).sum() / is_known_RC.sum().clamp(min=1)
+
+
+def walk(
+    trainer: RankerTrainer, data: RankerData, days: range, *, first_day: int | None = None
+) -> Iterator[DayResult]:
+    """Day by day: predict, then train on the day and on requests of [first_day, day).
+
+    Days are numbers since 1970. A label counts once it is known by the end of the walked day. The
+    first `warm_days` after first_day (default: the first of `days`) are not predicted.
+    """
+    training = trainer.training
+    first_day = days.start if first_day is None else first_day
+    for day in days:
+        today = data.of_days(day, day + 1)
+        is_warm = day < first_day + training.warm_days
+        sample, score = trainer.predict(data, today[:0] if is_warm else today)
+        random = np.random.default_rng([training.seed, day])
+        earlier = data.of_days(first_day, day)
+        num_replayed = round(len(today) * training.replay) if len(earlier) else 0
+        replayed = earlier[random.integers(0, max(1, len(earlier)), num_replayed)]
+        size = training.batch_requests
+        groups = [*_groups(random.permutation(today), size), *_groups(replayed, size)]
+        loss, num_steps = trainer.train_on(data, groups, (day + 1) * DAY_US)
+        yield DayResult(day, sample, score, loss, num_steps)
+
+
+def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[EpochResult]:
+    """Shuffled passes over the days, the last tenth of them held out to decide when to stop.
+
+    Ends with the best pass's weights as the trainer's. The learning rate falls linearly to a tenth
+    over the passes.
+    """
+    training = trainer.training
+    num_held = max(1, round(len(days) * VALIDATION_SHARE)) if len(days) > 1 else 0
+    border = days.stop - num_held
+    pieces, held_out = data.of_days(days.start, border), data.of_days(border, days.stop)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    best, best_loss, num_worse = trainer.state(), float("inf"), 0
+    for epoch in range(training.epochs):
+        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - 0.9 * epoch / training.epochs)
+        order = np.random.default_rng([training.seed, epoch]).permutation(pieces)
+        # What a pass over days before the border may know is what was known at the border.
+        groups = _groups(order, training.batch_requests)
+        loss, _ = trainer.train_on(data, groups, border * DAY_US)
+        held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
+        # Without a label to judge by, the last pass is the best.
+        is_best = np.isnan(held_loss) or held_loss < best_loss
+        if is_best:
+            best = {name: t.clone() for name, t in trainer.state().items()}
+            best_loss, num_worse = held_loss, 0
+        else:
+            num_worse += 1
+        yield EpochResult(epoch, loss, held_loss, bool(is_best))
+        if num_worse >= training.patience:
+            break
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    trainer.restore(best)
+
+
+def _log_loss(
+    trainer: RankerTrainer, data: RankerData, pieces: Array, known_before_us: int
+) -> float:
+    """Log loss of the samples whose label is known by then; NaN without any."""
+    sample, score = trainer.predict(data, pieces)
+    label = data.samples.label[sample]
+    kept = ~np.isnan(label) & (data.samples.label_time_us[sample] < known_before_us)
+    if not kept.any():
+        return float("nan")
+    p = np.clip(np.where(label[kept] == 1, score[kept], 1 - score[kept]), 1e-7, 1)
+    return float(-np.log(p).mean())
+
+
+def _groups(pieces: Array, size: int) -> list[Array]:
+    return [pieces[start : start + size] for start in range(0, len(pieces), size)]

@@ -1,0 +1,278 @@
+"""What every ranker promises in every arm, tested once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from downstream.batch import MAIN, HistorySequence, RankerBatch
+from downstream.configs import ARMS, RankerConfig, RankerTraining, arm
+from downstream.data import RankerData
+from downstream.inputs import strictly_before
+from downstream.rankers import RANKERS, make_ranker
+from downstream.streaming import RankerTrainer, cross_entropy
+from downstream.tokens import cosine_features
+
+SMALL = RankerConfig(
+    embedding=4, width=16, num_tokens=8, depth=1, heads=2, history_length=6, query_width=8
+)
+CASES = [(name, arm_name) for name in RANKERS for arm_name in ARMS]
+BatchOf = Callable[[RankerConfig], RankerBatch]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, RankerConfig]:
+    name, arm_name = request.param
+    return name, arm(arm_name, SMALL)
+
+
+@pytest.fixture
+def ranker(case: tuple[str, RankerConfig], data: RankerData) -> nn.Module:
+    torch.manual_seed(0)
+    model = make_ranker(*case, data.inputs, data.vocabulary)
+    for parameter in model.parameters():
+        # Parameters that start at zero would hide what they multiply.
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def batch(case: tuple[str, RankerConfig], batch_of: BatchOf) -> RankerBatch:
+    return batch_of(case[1])
+
+
+def changed(value: Any, keep: Tensor, generator: torch.Generator) -> Any:
+    """`value` with noise of its own kind wherever `keep`, a mask of its leading axes, is false."""
+    if not isinstance(value, Tensor):
+        return value
+    keep = keep.view(*keep.shape, *(1 for _ in range(value.dim() - keep.dim())))
+    if value.dtype == torch.bool:
+        return value
+    if value.is_floating_point():
+        return torch.where(keep, value, 1e3)
+    noise = torch.randint(0, 3, value.shape, generator=generator, dtype=value.dtype)
+    return torch.where(keep, value, noise)
+
+
+def with_history(batch: RankerBatch, change: Callable[[str, Any], Any]) -> RankerBatch:
+    histories = {
+        name: sequence._replace(**{f: change(f, v) for f, v in sequence._asdict().items()})
+        for name, sequence in batch.histories.items()
+    }
+    return batch._replace(histories=histories)
+
+
+REQUEST_SIDE = ("ids_RS", "numbers_RN")
+CANDIDATE_SIDE = ("ids_RCS", "numbers_RCN", "match_RCM", "item_token_RCD")
+
+
+def test_logits_are_finite_and_empty_histories_allowed(
+    ranker: nn.Module, batch: RankerBatch
+) -> None:
+    for sequence in batch.histories.values():
+        assert (~sequence.mask_RL.any(dim=1)).any()
+        assert sequence.mask_RL.any()
+    logit_RC = ranker(batch)
+    assert logit_RC.shape == batch.mask_RC.shape
+    assert torch.isfinite(logit_RC).all()
+    cross_entropy(logit_RC, batch.label_RC).backward()
+    assert all(torch.isfinite(p.grad).all() for p in ranker.parameters() if p.grad is not None)
+
+
+def test_padding_never_reaches_a_logit(ranker: nn.Module, batch: RankerBatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(field: str, value: Any) -> Any:
+        return value if "mask" in field else changed(value, mask_RL, generator)
+
+    noisy = batch
+    for sequence in batch.histories.values():
+        mask_RL = sequence.mask_RL
+        noisy = with_history(batch, noise)
+    fields = {f: changed(getattr(batch, f), batch.mask_RC, generator) for f in CANDIDATE_SIDE}
+    noisy = noisy._replace(**fields)
+    torch.testing.assert_close(ranker(noisy)[batch.mask_RC], ranker(batch)[batch.mask_RC])
+
+
+def test_an_unreadable_token_never_reaches_a_logit(ranker: nn.Module, batch: RankerBatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    masks = {"token_RLD": "token_mask_RL", "field_ids_RLS": "field_mask_RL"}
+    masks |= {"field_numbers_RLN": "field_mask_RL"}
+    noisy = batch
+    for name, sequence in batch.histories.items():
+        new = {}
+        for field, mask in masks.items():
+            if getattr(sequence, field) is not None:
+                new[field] = changed(getattr(sequence, field), getattr(sequence, mask), generator)
+        noisy = noisy._replace(histories={name: sequence._replace(**new)})
+    if batch.item_token_RCD is not None and batch.item_token_mask_RC is not None:
+        assert not batch.item_token_mask_RC.all()
+        item = changed(batch.item_token_RCD, batch.item_token_mask_RC, generator)
+        noisy = noisy._replace(item_token_RCD=item)
+    torch.testing.assert_close(ranker(noisy)[batch.mask_RC], ranker(batch)[batch.mask_RC])
+
+
+def test_requests_are_independent(ranker: nn.Module, batch: RankerBatch) -> None:
+    keep_R = torch.arange(len(batch.mask_RC)) < 3
+    generator = torch.Generator().manual_seed(1)
+    other = with_history(batch, lambda _, value: changed(value, keep_R, generator))
+    fields = {
+        f: changed(getattr(batch, f), keep_R, generator) for f in (*REQUEST_SIDE, *CANDIDATE_SIDE)
+    }
+    before_RC, after_RC = ranker(batch), ranker(other._replace(**fields))
+    torch.testing.assert_close(after_RC[keep_R], before_RC[keep_R])
+    assert not torch.allclose(after_RC[~keep_R], before_RC[~keep_R])
+
+
+def test_candidates_of_a_request_are_independent(ranker: nn.Module, batch: RankerBatch) -> None:
+    keep_RC = (torch.arange(batch.mask_RC.shape[1]) != 1).expand_as(batch.mask_RC)
+    generator = torch.Generator().manual_seed(1)
+    fields = {f: changed(getattr(batch, f), keep_RC, generator) for f in CANDIDATE_SIDE}
+    before_RC, after_RC = ranker(batch), ranker(batch._replace(**fields))
+    torch.testing.assert_close(after_RC[keep_RC], before_RC[keep_RC])
+    assert not torch.allclose(after_RC[~keep_RC], before_RC[~keep_RC])
+
+
+def test_the_request_is_encoded_without_its_candidates(
+    ranker: nn.Module, batch: RankerBatch
+) -> None:
+    blind = batch._replace(**dict.fromkeys((*CANDIDATE_SIDE, "mask_RC", "label_RC", "sample_RC")))
+    logit_RC = ranker.score(ranker.encode_request(blind), batch)
+    torch.testing.assert_close(logit_RC, ranker(batch), rtol=0, atol=0)
+
+
+def test_it_overfits_32_rows(case: tuple[str, RankerConfig], data: RankerData) -> None:
+    pieces = data.of_days(0, 100)
+    first = pieces[: np.searchsorted(np.cumsum(data.pieces.size[pieces]), 32) + 1]
+    batch = data.batch(first, case[1])
+    random = torch.rand(batch.label_RC.shape, generator=torch.Generator().manual_seed(3))
+    batch = batch._replace(label_RC=torch.where(batch.mask_RC, random.round(), torch.nan))
+    trainer = RankerTrainer.create(*case, RankerTraining(learning_rate=1e-2), data)
+    for _ in range(150):
+        trainer.optimizer.zero_grad()
+        loss = trainer.loss(batch)
+        loss.backward()
+        trainer.optimizer.step()
+    assert float(loss.detach()) < 0.05
+
+
+def test_tokens_get_no_gradient_and_never_change(
+    case: tuple[str, RankerConfig], ranker: nn.Module, data: RankerData
+) -> None:
+    held = data.store.token_ND.clone()
+    batch = data.batch(data.of_days(0, 100), case[1])
+    tokens = [s.token_RLD for s in batch.histories.values()] + [batch.item_token_RCD]
+    tokens = [t.requires_grad_() for t in tokens if t is not None]
+    cross_entropy(ranker(batch), batch.label_RC).backward()
+    assert all(t.grad is None for t in tokens)
+    trainer = RankerTrainer.create(*case, RankerTraining(), data)
+    trainer.train_on(data, [data.of_days(0, 100)], 2**62)
+    torch.testing.assert_close(data.store.token_ND, held, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arm_name", ["tokens", "end-to-end", "match", "tokens-only"])
+def test_the_branch_reads_what_it_is_for(
+    arm_name: str, data: RankerData, batch_of: BatchOf
+) -> None:
+    config = arm(arm_name, SMALL)
+    model, batch = make_ranker("din", config, data.inputs, data.vocabulary).eval(), batch_of(config)
+    sequence = batch.histories[MAIN]
+    if config.branch == "tokens":
+        assert sequence.token_RLD is not None
+        other = sequence._replace(token_RLD=sequence.token_RLD + 1)
+    else:
+        assert sequence.field_numbers_RLN is not None
+        other = sequence._replace(field_numbers_RLN=sequence.field_numbers_RLN + 1)
+    assert not torch.allclose(model(batch), model(batch._replace(histories={MAIN: other})))
+
+
+@pytest.mark.parametrize("arm_name", ["base", "tokens", "end-to-end"])
+def test_a_step_never_reads_a_later_or_simultaneous_step(
+    arm_name: str, data: RankerData, batch_of: BatchOf
+) -> None:
+    config = arm(arm_name, SMALL)
+    model = make_ranker("transformer", config, data.inputs, data.vocabulary).eval()
+    batch = batch_of(config)
+    sequence = batch.histories[MAIN]
+    at = sequence.mask_RL.shape[1] - 2
+    generator = torch.Generator().manual_seed(1)
+
+    def disturb(field: str, value: Any) -> Any:
+        if not isinstance(value, Tensor) or "mask" in field or field == "gap_s_RL":
+            return value
+        keep_RL = (torch.arange(value.shape[1]) != at).expand(len(value), -1)
+        return changed(value, keep_RL, generator)
+
+    def states(batch: RankerBatch) -> list[Tensor]:
+        state = model.encode_request(batch)
+        found = [state.sequence.keys_values[1]]
+        return found + ([state.branch.keys_values[1]] if state.branch is not None else [])
+
+    gap_s_RL = sequence.gap_s_RL
+    is_blind_RL = sequence.mask_RL & (gap_s_RL >= gap_s_RL[:, at : at + 1])
+    is_blind_RL[:, at] = False
+    is_simultaneous_RL = is_blind_RL & (gap_s_RL == gap_s_RL[:, at : at + 1])
+    assert is_simultaneous_RL[:, at + 1].any()
+    for before_RHLd, after_RHLd in zip(
+        states(batch), states(with_history(batch, disturb)), strict=True
+    ):
+        before_RLHd, after_RLHd = before_RHLd.transpose(1, 2), after_RHLd.transpose(1, 2)
+        torch.testing.assert_close(after_RLHd[is_blind_RL], before_RLHd[is_blind_RL])
+        assert not torch.allclose(after_RLHd[sequence.mask_RL], before_RLHd[sequence.mask_RL])
+
+
+def test_a_step_sees_itself_and_strictly_earlier_steps() -> None:
+    sequence = HistorySequence(
+        ids_RLF=torch.zeros(1, 4, 0, dtype=torch.int32),
+        gap_s_RL=torch.tensor([[0.0, 50.0, 20.0, 20.0]]),
+        label_RLK=torch.zeros(1, 4, 1, dtype=torch.int32),
+        mask_RL=torch.tensor([[False, True, True, True]]),
+    )
+    assert strictly_before(sequence)[0, 0, 1:].int().tolist() == [
+        [0, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 1, 0, 1],
+    ]
+
+
+def test_cosine_features_count_the_past_tokens_that_are_alike() -> None:
+    user_RLD = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [9.0, 9.0]]])
+    mask_RL = torch.tensor([[True, True, True, False]])
+    item_RCD = torch.tensor([[[3.0, 0.0], [5.0, 5.0]]])
+    found = cosine_features(item_RCD, torch.tensor([[True, False]]), user_RLD, mask_RL)
+    best, mean, *counts, exists = found[0, 0].tolist()
+    assert best == pytest.approx(1.0)
+    assert mean == pytest.approx(2 / 3)
+    assert np.expm1(counts) == pytest.approx([2.0, 2.0, 2.0], abs=0.05)
+    assert exists == 1
+    assert found[0, 1].tolist() == [0.0] * 6
+
+
+def test_weights_depend_on_the_seed_alone(data: RankerData) -> None:
+    def weights(seed: int) -> Tensor:
+        model = make_ranker("din", arm("match", SMALL), data.inputs, data.vocabulary, seed)
+        return nn.utils.parameters_to_vector(model.parameters())
+
+    torch.manual_seed(123)
+    first = weights(7)
+    torch.testing.assert_close(weights(7), first, rtol=0, atol=0)
+    assert not torch.equal(weights(8), first)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"width": 60}, "multiple of num_tokens"),
+        ({"num_tokens": 4}, "at least 6"),
+        ({"item_tokens": True}, "needs branch"),
+        ({"branch": "token"}, "must be none, tokens or fields"),
+    ],
+)
+def test_a_config_refuses_nonsense(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RankerConfig(**wrong)
