@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from jobs.local_cluster import local_cluster
 from jobs.spark import session
 
 ROOT = Path(__file__).resolve().parents[1]
+# Tests run everything once: Java's second compiler costs a third of their time and never pays back.
+os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 
 
 @pytest.fixture(scope="session")

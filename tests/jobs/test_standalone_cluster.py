@@ -1,0 +1,114 @@
+"""The tables through a real Spark cluster: a standalone master with two workers, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from deltalake import DeltaTable
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Two days in one commit, then the second day again with other values.
+REPLACE_TWICE = """
+import sys
+from datetime import date
+import pyarrow as pa
+from pyspark.sql import functions as F
+from jobs.spark import SparkTables, session
+from pipelines.days import Days
+from pipelines.tables import Table
+
+master, lake = sys.argv[1:]
+spark = session(master, app="cluster test", memory="1g")
+schema = pa.schema({"id": pa.int64(), "value": pa.int32(), "event_date": pa.date32()})
+table = Table("clicks", schema, ("id",), ("event_date",), ("id",))
+rows = spark.range(1000, numPartitions=2).select(
+    F.col("id"),
+    F.lit(1).alias("value"),
+    F.date_add(F.lit(date(2026, 1, 1)), (F.col("id") % 2).cast("int")).alias("event_date"),
+)
+tables = SparkTables(spark, lake)
+tables.replace(table, rows, Days(date(2026, 1, 1), date(2026, 1, 3)), commit={})
+second = rows.where("event_date = '2026-01-02'").withColumn("value", F.lit(2))
+tables.replace(table, second, Days(date(2026, 1, 2), date(2026, 1, 3)), commit={})
+
+
+def this_python(batches):
+    for _ in batches:
+        yield pa.RecordBatch.from_pydict({"python": [sys.executable]})
+
+
+pythons = spark.range(4, numPartitions=4).mapInArrow(this_python, "python string").distinct()
+num_executors = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1
+print(tables.read(table).count(), pythons.collect()[0]["python"] == sys.executable, num_executors)
+"""
+
+START_AND_WAIT = """
+import time
+from jobs.local_cluster import local_cluster
+with local_cluster(num_workers=1) as master:
+    print(master, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_days_are_replaced_on_a_cluster_as_on_one_machine(
+    spark_cluster: str, tmp_path: Path
+) -> None:
+    lake = tmp_path / "lake"
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACE_TWICE, spark_cluster, str(lake)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.stdout.split() == ["1000", "True", "2"], done.stderr
+    rows = DeltaTable(str(lake / "clicks")).to_pyarrow_table().group_by(["event_date", "value"])
+    counts = rows.aggregate([("id", "count")]).sort_by("event_date")
+    assert counts["value"].to_pylist() == [1, 2]
+    assert counts["id_count"].to_pylist() == [500, 500]
+
+
+@pytest.mark.slow
+def test_a_cluster_ends_with_the_process_that_started_it() -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", START_AND_WAIT], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    with owner.stdout:
+        master = owner.stdout.readline()
+    daemons = children(owner.pid)
+    owner.kill()  # no `finally` runs
+    owner.wait()
+    try:
+        assert master.startswith("spark://127.0.0.1:")
+        assert len(daemons) == 2
+        give_up = time.monotonic() + 20
+        while any(map(is_running, daemons)) and time.monotonic() < give_up:
+            time.sleep(0.1)
+        assert not any(map(is_running, daemons))
+    finally:
+        for daemon in daemons:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(daemon, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
+
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    return False
