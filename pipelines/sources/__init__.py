@@ -1,4 +1,4 @@
-"""Readers of public logs: each writes one flat Parquet event log, which the Spark jobs read like any other."""
+"""Readers of public logs: each writes one flat Parquet event log, read like any other."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ READERS: dict[str, Callable[[Path, Sample], None]] = {
     "movielens": movielens.write,
     "synthetic": synthetic.write,
 }
-FORMAT = 1
+FORMAT = 2
 """Part of every file's key: raise it when a reader's columns or values change."""
 
 
@@ -44,7 +44,8 @@ def prepare(
         days: keep the first this many days of the log.
 
     Raises:
-        InputError: no such reader, no data where it looks, or columns that the domain file names are not there.
+        InputError: no such reader, no data where it looks, or a column that the domain file names
+            is not there.
     """
     write = _reader(domain)
     sample = Sample(data=data, limit_users=limit_users, seed=seed, days=days)
@@ -68,7 +69,8 @@ def _reader(domain: Domain) -> Callable[[Path, Sample], None]:
     name = domain.source.reader
     if not name:
         raise InputError(
-            f"domain {domain.name!r} has no `reader`: its events are read from {domain.source.path} directly"
+            f"domain {domain.name!r} has no `reader`: "
+            f"its events are read from {domain.source.path} directly"
         )
     if name not in READERS:
         near = difflib.get_close_matches(name, READERS, n=1)
@@ -81,8 +83,8 @@ def _folder(lake: Path | str) -> Path:
     text = str(lake).removeprefix("file://")
     if "://" in text:
         raise InputError(
-            f"a public log is prepared in a local folder, and the lake is {lake}; prepare it in a local lake, upload "
-            "the file, and point `path` of [source] at it"
+            f"a public log is prepared in a local folder, and the lake is {lake}; prepare it in a "
+            "local lake, upload the file, and point `path` of [source] at it"
         )
     return Path(text)
 
@@ -93,12 +95,13 @@ def _key(reader: str, sample: Sample) -> str:
 
 
 def _check(domain: Domain, path: Path) -> None:
-    """Every named column is there, and none of them is the truth that only a synthetic world knows."""
+    """Every named column is there, and none is the truth that only a synthetic world knows."""
     import pyarrow.parquet as pq
 
     told = [c for c in domain.raw_columns if c in synthetic.TRUTH]
     if told:
         raise InputError(
-            f"domain {domain.name!r} names {told[0]!r}, the probability that the label was drawn from; no model may see it"
+            f"domain {domain.name!r} names {told[0]!r}, the best prediction of who knows how the "
+            "labels were drawn; no model may see it"
         )
     check_columns(domain, pq.read_schema(path).names)

@@ -1,7 +1,8 @@
-"""MovieLens ratings (GroupLens): its own files of 1M (`ratings.dat`) or of the CSV releases, or Parquet of the same tables.
+"""MovieLens ratings: GroupLens's own files (1M or a CSV release), or Parquet of the same tables.
 
-One row per rating, with the movie (title, year, genres) and, where the release describes them, the user. The rating
-itself is a fact known only after the event. Research use only and not to be passed on: the project brings no copy.
+One row per rating, with the movie (title, year, genres) and, where the release describes them, the
+user. The rating itself is a fact known only after the event. GroupLens's terms: research use, not
+to be passed on; so the project brings no copy.
 """
 
 from __future__ import annotations
@@ -14,17 +15,24 @@ from pipelines.errors import InputError
 from pipelines.sources.sample import Sample, connect, write_sample
 
 WHERE = (
-    "get MovieLens 1M (ml-1m.zip, 6 MB) from grouplens.org/datasets/movielens/1m, unpack it, and pass --data FOLDER, the "
-    "folder that holds ratings.dat, users.dat and movies.dat (ratings.csv and movies.csv of a newer release serve too)"
+    "get MovieLens 1M (ml-1m.zip, 6 MB) from grouplens.org/datasets/movielens/1m, unpack it, and "
+    "pass --data FOLDER, the folder that holds ratings.dat, users.dat and movies.dat "
+    "(ratings.csv and movies.csv of a newer release serve too)"
 )
 
-NO_USERS = "SELECT NULL::BIGINT AS user_id, NULL::VARCHAR AS gender, NULL::VARCHAR AS age, NULL::VARCHAR AS occupation, NULL::VARCHAR AS zip WHERE false"
+NO_USERS = """
+SELECT
+    NULL::BIGINT AS user_id, NULL::VARCHAR AS gender, NULL::VARCHAR AS age,
+    NULL::VARCHAR AS occupation, NULL::VARCHAR AS zip
+WHERE false
+"""
 
 # The title ends with the year in brackets; later releases have a few titles without one.
 EVENTS = r"""
 CREATE VIEW events AS
 SELECT
-    r.user_id AS user_key, r.user_id, r.item_id, to_timestamp(r.timestamp) AS event_time, CAST(r.rating AS DOUBLE) AS rating,
+    r.user_id AS user_key, r.user_id, r.item_id,
+    to_timestamp(r.timestamp) AS event_time, CAST(r.rating AS DOUBLE) AS rating,
     m.title, nullif(regexp_extract(m.title, '\((\d{4})\)\s*$', 1), '') AS year,
     nullif(m.genres, '(no genres listed)') AS genres,
     u.gender, CAST(u.age AS VARCHAR) AS age, CAST(u.occupation AS VARCHAR) AS occupation,
@@ -41,13 +49,15 @@ def write(path: Path, sample: Sample) -> None:
         came = "no folder was given" if sample.data is None else f"{sample.data} is not a folder"
         raise InputError(f"MovieLens needs its data: {came}; {WHERE}")
     connection = connect()
-    for name, select in _tables(sample.data).items():
-        connection.execute(f"CREATE VIEW {name} AS {select}")
+    tables = _tables(sample.data)
     try:
+        for name, select in tables.items():
+            connection.execute(f"CREATE VIEW {name} AS {select}")
         connection.execute(EVENTS)
         write_sample(connection, path, sample, order_by="event_time, user_id, item_id")
     except duckdb.Error as error:
-        raise InputError(f"{sample.data} does not read as MovieLens: {error}; {WHERE}") from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{sample.data} does not read as MovieLens: {reason}; {WHERE}") from error
 
 
 def _tables(folder: Path) -> dict[str, str]:
@@ -69,8 +79,9 @@ def _tables(folder: Path) -> dict[str, str]:
     if (folder / "ratings.csv").is_file():
         ratings, movies = _needed(folder, "ratings.csv"), _needed(folder, "movies.csv")
         return {
-            "ratings": f"SELECT userId AS user_id, movieId AS item_id, rating, timestamp FROM read_csv('{ratings}')",
-            "movies": f"SELECT movieId AS item_id, title, genres FROM read_csv('{movies}', quote = '\"')",
+            "ratings": "SELECT userId AS user_id, movieId AS item_id, rating, timestamp "
+            f"FROM read_csv('{ratings}')",
+            "movies": f"SELECT movieId AS item_id, title, genres FROM read_csv('{movies}')",
             "users": NO_USERS,
         }
     if (folder / "interactions.parquet").is_file():
@@ -89,8 +100,8 @@ def _dat(file: str, columns: str) -> str:
         f"'{name}': '{kind}'" for name, kind in (column.split() for column in columns.split(", "))
     )
     return (
-        f"SELECT * FROM read_csv('{file}', delim = '::', header = false, quote = '', escape = '', encoding = 'latin-1', "
-        f"columns = {{{named}}})"
+        f"SELECT * FROM read_csv('{file}', delim = '::', header = false, quote = '', escape = '', "
+        f"encoding = 'latin-1', auto_detect = false, columns = {{{named}}})"
     )
 
 

@@ -14,7 +14,7 @@ from pipelines.errors import InputError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """Which users and days of a log to keep, and where the log is if its reader does not bring it."""
+    """Which users and days of a log to keep; where it is, if its reader does not bring it."""
 
     data: Path | None = None
     limit_users: int | None = None
@@ -48,14 +48,17 @@ def connect() -> duckdb.DuckDBPyConnection:
 def write_sample(
     connection: duckdb.DuckDBPyConnection, path: Path, sample: Sample, *, order_by: str
 ) -> None:
-    """The wanted users and days of the view `events` (user_key, event_time, ...) as one Parquet file, in that order.
+    """The wanted users and days of the view `events` (user_key, event_time, ...), as one file.
 
-    Users are ranked by the MD5 of seed and key: the first N of one fixed permutation, so samples nest.
+    Users are ranked by the MD5 of seed and key: the first N of one order, so samples nest.
     """
     users, days = "", ""
     if sample.limit_users is not None:
-        ranked = f"md5('{sample.seed}:' || CAST(user_key AS VARCHAR)), user_key LIMIT {sample.limit_users}"
-        users = f"AND user_key IN (SELECT user_key FROM (SELECT DISTINCT user_key FROM events) ORDER BY {ranked})"
+        users = (
+            "AND user_key IN (SELECT user_key FROM (SELECT DISTINCT user_key FROM events) "
+            f"ORDER BY md5('{sample.seed}:' || CAST(user_key AS VARCHAR)) "
+            f"LIMIT {sample.limit_users})"
+        )
     if sample.days is not None:
         first = connection.execute("SELECT min(epoch(event_time)) FROM events").fetchone()
         assert first is not None
@@ -64,13 +67,14 @@ def write_sample(
     target = str(path).replace("'", "''")
     _run(
         connection,
-        f"COPY (SELECT * EXCLUDE (user_key) FROM events WHERE true {users} {days} ORDER BY {order_by}) "
+        "COPY (SELECT * EXCLUDE (user_key) FROM events "
+        f"WHERE true {users} {days} ORDER BY {order_by}) "
         f"TO '{target}' (FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)",
     )
 
 
 def _run(connection: duckdb.DuckDBPyConnection, sql: str) -> None:
-    """Execute a long statement, showing on stderr how far it is once it takes more than two seconds."""
+    """Execute a long statement; after two seconds, show on stderr how far it is."""
     with ThreadPoolExecutor(1) as pool, tqdm(total=100, desc="raw log", unit="%", delay=2) as bar:
         job = pool.submit(connection.execute, sql)
         while wait([job], timeout=0.25).not_done:

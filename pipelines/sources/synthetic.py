@@ -1,4 +1,7 @@
-"""The synthetic world's event log, with the best possible predictions beside it (see `synthetic_world` for its laws)."""
+"""The synthetic world's event log, with the best possible predictions beside it.
+
+Its laws: `synthetic_world`. The bound for who does not see past contexts: `synthetic_bound`.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ from pipelines.sources.synthetic_world import (
 log = logging.getLogger(__name__)
 
 TRUTH = ("oracle_probability", "base_probability")
-"""Columns beside the events that no feature may name: the best predictions with and without past contexts."""
+"""The best predictions with and without past contexts: beside the events, never a feature."""
 FIRST_DAY = date(2026, 1, 1)
 LAST_SHARE = 0.2
 UTC_TIME = pa.timestamp("us", tz="UTC")
 
 
 def write(path: Path, sample: Sample) -> None:
-    """The world's events as Parquet in time order, with the columns of TRUTH; logs its Bayes-optimal AUC."""
+    """The world's events as Parquet in time order, TRUTH included; logs the Bayes-optimal AUC."""
     wanted = {"num_users": sample.limit_users, "days": sample.days}
     world = World(seed=sample.seed, **{name: n for name, n in wanted.items() if n is not None})
     rows = pa.concat_tables(events(world, progress=True)).sort_by(
@@ -65,7 +68,10 @@ def events(world: World, *, progress: bool = False) -> Iterator[pa.Table]:
 
 
 def bayes_auc(rows: pa.Table) -> dict[str, dict[str, float]]:
-    """AUC of the best predictor with (`oracle`) and without (`base`) past contexts, on all rows and on the last fifth of time."""
+    """AUC of the best predictor with (`oracle`) and without (`base`) past contexts.
+
+    On `all` rows and on the `last_fifth` of time.
+    """
     days = np.asarray(pc.cast(pc.cast(rows["event_time"], pa.date32()), pa.int32()))
     is_last = days >= days.min() + (1 - LAST_SHARE) * (days.max() + 1 - days.min())
     label = rows["label"].to_numpy() == 1
@@ -86,8 +92,8 @@ def bayes_auc(rows: pa.Table) -> dict[str, dict[str, float]]:
 def describe(found: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The figures of `bayes_auc` as lines for people."""
     return [
-        f"synthetic world, {name.replace('_', ' ')}: {at['rows']:,} rows, Bayes-optimal AUC {at['oracle']:.4f}; "
-        f"without past contexts {at['base']:.4f}"
+        f"synthetic world, {name.replace('_', ' ')}: {at['rows']:,} rows, "
+        f"Bayes-optimal AUC {at['oracle']:.4f}; without past contexts {at['base']:.4f}"
         for name, at in found.items()
     ]
 

@@ -1,8 +1,10 @@
-"""The best prediction in the synthetic world for one who sees everything but the past's contexts.
+"""The best prediction in the synthetic world for who sees everything but the past's contexts.
 
-He knows every law, every item, time and past label, but not which offers, discounts and placements a user has met.
-The marks are then a Gaussian state that past labels reveal a little of: assumed-density filtering (Minka 2001), each
-label a probit-like update by quadrature. He is told the placement's pull on past labels, so no base can beat him.
+Known to it: every law, and every item, time and past label; not which offers, discounts and
+placements a user has met. The marks are then a Gaussian state of which each past label reveals a
+little: assumed-density filtering (Minka, "A family of algorithms for approximate Bayesian
+inference", 2001, chapter 3), a label's moments by quadrature. It is told the own part of past
+labels, placement included, so it errs on the side of a stronger base.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ WEIGHTS = _weights / _weights.sum()
 
 
 def base_probability(world: World, laws: Laws, showings: Showings, label: Array) -> Array:
-    """[U, H, R, C]: the posterior mean of each label's probability given everything known then but past contexts."""
+    """[U, H, R, C]: mean of each label's probability given all known then but past contexts."""
     own = own_logit(laws, showings)
     weights, count = reading(world, laws, showings)
     department = laws.department[showings.item]
@@ -64,7 +66,7 @@ def _predict(own: Array, read: Array, mean: Array, cov: Array) -> Array:
 
 
 def _update(own: Array, label: Array, read: Array, mean: Array, cov: Array) -> tuple[Array, Array]:
-    """Mean and covariance of the state after one label, by matching the moments of what it says of `read @ state`."""
+    """Mean and covariance of the state after one label: matches the moments of `read @ state`."""
     centre, spread, along = _felt(read, mean, cov)
     felt = centre[:, None] + spread[:, None] * NODES
     chance = sigmoid(own[:, None] + felt)

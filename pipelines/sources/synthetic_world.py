@@ -1,18 +1,21 @@
-"""A world whose Bayes-optimal predictions are known: labels depend on the *context* of a user's past events.
+"""A world with a known oracle: labels depend on the *context* of a user's past events.
 
-A shop shows 2 or 3 items at a time. Every showing has an `offer` (one of 200), a `discount` and a `placement`; each
-leaves a mark on the user. The label of a showing is Bernoulli(sigmoid(own + STRENGTH * state)), where
+A shop shows 2 or 3 items at a time. Every showing has an `offer`, a `discount` and a `placement`,
+and leaves a mark on the user. Its label is Bernoulli(sigmoid(own + STRENGTH * state)), where
 
     own    = the item's quality + the segment's taste for its department + the placement's pull
-    state  = the marks that the user's showings of *earlier days* left: a decayed mean over those of the same
-             department, plus a share of the decayed mean over all, shrunk towards 0 while they are few
-    mark   = a hidden value of the offer + the depth of the discount + the wear of the placement, all independent
+    state  = the marks that the user's showings of *earlier days* left: a decayed mean over those
+             of the same department, plus a share of the decayed mean over all of them, both
+             shrunk towards 0 while they are few
+    mark   = a hidden value of the offer + the depth of the discount + the wear of the placement
 
-Offer and discount never enter `own`, and are drawn independently of everything: their own label says nothing about
-them (a temporal-order bottleneck has no reason to keep them), later labels do (a user-order one has). The placement
-serves both. Item ids reach the state only through what past labels give away. A dozen further fields are noise.
+Offer and discount never enter `own`, and are drawn independently of everything: a showing's own
+label says nothing about them (a temporal-order bottleneck has no reason to keep them), later
+labels do (a user-order one has). The placement serves both. Item ids reach the state only through
+what past labels give away. A dozen further fields are noise.
 
-Shape legend: U users of a block, H days, R requests a day, C candidates of a request, K departments.
+Shape legend: U users of a block, H days, R requests a day, C candidates of a request,
+K departments.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ SHARED = 0.4
 """Weight of the marks of every department, beside those of the candidate's own (1)."""
 FEW_OWN, FEW_ALL = 1.0, 2.0
 """Showings at which the mean of the marks, own or of every department, is shrunk by half."""
-STRENGTH = 4.0
+STRENGTH = 5.0
 INTERCEPT = -1.0
 MARK = {"offer": 0.75, "discount": 0.5, "placement": 0.43}
 """Standard deviation of each field's share of a mark; together 1."""
@@ -62,7 +65,7 @@ PER_REQUEST = ("device", "browser", "page", "region", "carrier", "temperature", 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class World:
-    """How large the world is; a user's events depend on its number and the seed only, so smaller worlds nest."""
+    """How large the world is; users are drawn in blocks by seed, so that smaller worlds nest."""
 
     num_users: int = 4000
     num_items: int = 1200
@@ -82,7 +85,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Laws:
-    """What is true of the whole world: items, tastes, and the hidden values of offers and placements."""
+    """What is true of the whole world: items, tastes, hidden values of offers and placements."""
 
     department: Array
     """[items] of 0 .. K-1"""
@@ -112,7 +115,7 @@ class Laws:
 
 @dataclass(frozen=True, slots=True)
 class Showings:
-    """A block of users' events as dense arrays [U, H, R, C] (segment: [U]); `is_real` marks those that happened."""
+    """A block of users' events, [U, H, R, C] unless said; `is_real` where one happened."""
 
     is_real: Array
     second: Array
@@ -126,14 +129,14 @@ class Showings:
 
 
 def draw(world: World, laws: Laws, block: int, *, horizon: int) -> tuple[Showings, Array]:
-    """Everything that is independent of the labels, and one uniform number per showing to draw its label with."""
+    """All that is independent of labels, and a uniform number per showing to draw its label."""
     rng = np.random.default_rng([world.seed, 1, block])
     shape = (USERS_PER_BLOCK, horizon, REQUESTS, CANDIDATES)
     is_active = rng.random(shape[:2]) < rng.uniform(0.3, 0.6, (USERS_PER_BLOCK, 1))
     num_requests = is_active * (1 + (rng.random(shape[:2]) < 0.25))
     num_candidates = rng.integers(2, CANDIDATES + 1, shape[:3])
     is_request = np.arange(REQUESTS) < num_requests[..., None]
-    # Candidate c is an item of residue c, so that a request never shows one twice; low numbers are popular.
+    # Candidate c is an item of residue c: no request shows one twice. Low numbers are popular.
     third = world.num_items // CANDIDATES
     noise: dict[str, Array] = {}
     for name in (*NOISE_CATEGORIES, *NOISE_NUMBERS):
@@ -156,7 +159,7 @@ def draw(world: World, laws: Laws, block: int, *, horizon: int) -> tuple[Showing
 
 
 def own_logit(laws: Laws, showings: Showings) -> Array:
-    """[U, H, R, C]: what the label owes to the present: item, segment and placement, never offer or discount."""
+    """[U, H, R, C]: what the label owes to the present: item, segment, placement."""
     department = laws.department[showings.item]
     taste = laws.taste[showings.segment[:, None, None, None], department]
     return INTERCEPT + laws.quality[showings.item] + taste + laws.placement_pull[showings.placement]
@@ -174,9 +177,10 @@ def marks(laws: Laws, showings: Showings) -> Array:
 
 
 def reading(world: World, laws: Laws, showings: Showings) -> tuple[Array, Array]:
-    """How the labels read the marks: weights [U, H, K, K] by department of the candidate and of the marks, counts [U, H, K].
+    """How labels read marks: weights [U, H, K, K] by department of candidate and marks.
 
-    Weights fold in the shrinkage, which depends on the decayed number of earlier days' showings.
+    They fold in the shrinkage, by the decayed number of earlier days' showings. Also the number of
+    showings, [U, H, K].
     """
     of_department = _by_department(world, laws, showings)
     count = of_department.sum(axis=(2, 3))
@@ -192,7 +196,7 @@ def reading(world: World, laws: Laws, showings: Showings) -> tuple[Array, Array]
 
 
 def oracle_logit(world: World, laws: Laws, showings: Showings) -> Array:
-    """[U, H, R, C]: the logit that labels are drawn from; reads the marks of strictly earlier days."""
+    """[U, H, R, C]: the logit labels are drawn from; reads marks of strictly earlier days."""
     weights, _ = reading(world, laws, showings)
     left = (marks(laws, showings)[..., None] * _by_department(world, laws, showings)).sum(
         axis=(2, 3)
@@ -201,9 +205,10 @@ def oracle_logit(world: World, laws: Laws, showings: Showings) -> Array:
     for day in range(1, left.shape[1]):
         state[:, day] = DECAY * state[:, day - 1] + left[:, day - 1]
     felt = np.einsum("uhck,uhk->uhc", weights, state)
-    user, day = np.ogrid[: felt.shape[0], : felt.shape[1]]
-    department = laws.department[showings.item]
-    return own_logit(laws, showings) + felt[user[..., None, None], day[..., None, None], department]
+    by_showing = np.take_along_axis(
+        felt, laws.department[showings.item].reshape(*felt.shape[:2], -1), axis=2
+    )
+    return own_logit(laws, showings) + by_showing.reshape(showings.item.shape)
 
 
 def sigmoid(logit: Array) -> Array:

@@ -1,0 +1,176 @@
+"""Domain files: those of the toolkit load, and every mistake is named with its field."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.domain import check_columns, known_domains, load, parse
+from pipelines.errors import InputError
+
+SHOP: dict[str, Any] = {
+    "name": "shop",
+    "source": {"path": "events.parquet"},
+    "columns": {"user": "visitor", "item": "product", "time": "at"},
+    "label": [{"name": "click", "column": "clicked"}],
+    "feature": [
+        {"name": "item", "column": "product", "side": "item", "buckets": 1024},
+        {"name": "price", "column": "price", "kind": "number", "side": "item"},
+        {"name": "hour", "derive": "hour"},
+    ],
+}
+
+
+def changed(*path: str | int, to: Any) -> dict[str, Any]:
+    """SHOP with the value at `path` replaced or added."""
+    raw = copy.deepcopy(SHOP)
+    place: Any = raw
+    for key in path[:-1]:
+        place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+    place[path[-1]] = to
+    return raw
+
+
+@pytest.mark.parametrize("name", known_domains())
+def test_every_domain_of_the_toolkit_loads_with_a_feature_for_its_item(name: str) -> None:
+    domain = load(name)
+    assert domain.name == name
+    assert [f.name for f in domain.features if f.column == domain.columns.item] == ["item"]
+    assert domain.source.reader
+
+
+def test_the_toolkit_has_three_domains() -> None:
+    assert known_domains() == ["grocery", "movielens", "synthetic"]
+
+
+def test_grocery_keeps_the_receipt_out_of_predictions() -> None:
+    after = {f.name for f in load("grocery").features if f.known == "after"}
+    receipt = {"quantity", "sales_value", "retail_disc", "coupon_disc", "coupon_match_disc"}
+    assert after == receipt | {"display", "mailer"}
+
+
+def test_grocery_counts_matches_of_every_categorical_item_field() -> None:
+    assert [f.name for f in load("grocery").match_features] == [
+        "department",
+        "brand",
+        "brand_type",
+        "category",
+        "product_type",
+        "package_size",
+    ]
+
+
+def test_a_complete_domain_has_the_columns_it_names_once() -> None:
+    assert parse(SHOP).raw_columns == ("visitor", "product", "at", "clicked", "price")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (changed("nmae", to="x"), "no key 'nmae' (did you mean 'name'?)"),
+        (changed("source", "fromat", to="csv"), "no key 'fromat' (did you mean 'format'?)"),
+        (changed("columns", "usr", to="x"), "no key 'usr' (did you mean 'user'?)"),
+        (
+            changed("label", 0, "dealy", to="1d"),
+            "'click' has no key 'dealy' (did you mean 'delay'?)",
+        ),
+        (
+            changed("feature", 1, "bukets", to=8),
+            "'price' has no key 'bukets' (did you mean 'buckets'?)",
+        ),
+        (
+            changed("feature", 1, "kind", to="numbr"),
+            "number, sequence; got 'numbr' (did you mean 'number'?)",
+        ),
+        (
+            changed("source", "format", to="parket"),
+            "one of parquet, csv, delta; got 'parket' (did you mean 'parquet'?)",
+        ),
+    ],
+)
+def test_a_typo_suggests_the_right_word(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(raw)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "field"),
+    [
+        (changed("name", to="My Shop"), "domain name"),
+        (changed("source", to={}), "[source]"),
+        (changed("source", "reader", to="grocery"), "[source]"),
+        (changed("source", to="events.parquet"), "[source]"),
+        (changed("columns", "user", to=7), "[columns] user"),
+        (changed("columns", "time_unit", to="minutes"), "columns.time_unit"),
+        (changed("columns", to={"user": "u", "item": "i"}), "[columns] needs `time`"),
+        (changed("label", to=[]), "[[label]]"),
+        (changed("label", to={"name": "click"}), "[[label]]"),
+        (changed("label", 0, "always", to=1), "label 'click'"),
+        (changed("label", 0, to={"name": "buy", "always": 2}), "label 'buy': `always`"),
+        (changed("label", 0, "delay", to="soon"), "label 'click' delay"),
+        (changed("label", 0, "window", to="30 days"), "label 'click' window"),
+        (changed("label", 0, "at_least", to="4"), "'click' at_least"),
+        (changed("feature", to=[]), "[[feature]]"),
+        (changed("feature", 0, "name", to="Item"), "feature name"),
+        (changed("feature", 0, "side", to="product"), "feature 'item' side"),
+        (changed("feature", 0, "known", to="later"), "feature 'item' known"),
+        (changed("feature", 0, "buckets", to=2), "feature 'item': buckets"),
+        (changed("feature", 0, "buckets", to=1.5), "'item' buckets"),
+        (changed("feature", 0, "max_length", to=0), "feature 'item': max_length"),
+        (changed("feature", 1, "scale", to=0), "feature 'price': scale"),
+        (changed("feature", 1, "scale", to=float("nan")), "feature 'price': scale"),
+        (changed("feature", 1, "transform", to="sqrt"), "feature 'price' transform"),
+        (changed("feature", 1, "derive", to="hour"), "feature 'price'"),
+        (changed("feature", 2, "derive", to="minute"), "feature 'hour' derive"),
+        (changed("feature", 2, "name", to="price"), "feature 'price' is declared twice"),
+        (changed("feature", 2, "table", to="item"), "features 'item' and 'hour'"),
+        (changed("negatives", to={"per_positive": 0}), "negatives.per_positive"),
+        (changed("negatives", to={"per_positive": True}), "per_positive"),
+        (changed("tokens", to={"delay": "1 hour"}), "tokens.delay"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_bad_value_is_refused_with_its_field(raw: dict[str, Any], field: str) -> None:
+    with pytest.raises(InputError) as error:
+        parse(raw)
+    assert field in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["name", "source", "columns", "label", "feature"])
+def test_a_missing_part_is_named(key: str) -> None:
+    with pytest.raises(InputError, match=f"needs `{key}`, which is missing"):
+        parse({k: v for k, v in SHOP.items() if k != key})
+
+
+def test_a_column_that_the_events_lack_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(InputError, match=r"'price' \(did you mean 'prices'\?\)"):
+        check_columns(parse(SHOP), ["visitor", "product", "at", "clicked", "prices"])
+
+
+def test_sampled_negatives_have_no_facts_of_the_event_at_their_request() -> None:
+    raw = changed("feature", 1, "side", to="event") | {"negatives": {}}
+    with pytest.raises(InputError, match="feature 'price': a sampled negative has no value"):
+        parse(raw)
+
+
+def test_an_unknown_domain_suggests_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"'grocer' \(did you mean 'grocery'\?\)"):
+        load("grocer")
+
+
+def test_a_file_is_named_in_every_message(tmp_path: Path) -> None:
+    file = tmp_path / "shop.toml"
+    with pytest.raises(
+        InputError, match=r"no domain file at .*shop.toml; `iat init DATA` drafts one"
+    ):
+        load(str(file))
+    file.write_text("name = ")
+    with pytest.raises(InputError, match=r"shop.toml is not valid TOML"):
+        load(str(file))
+    file.write_text('name = "shop"')
+    with pytest.raises(InputError, match=r"shop.toml: the domain file needs `source`"):
+        load(str(file))
