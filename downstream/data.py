@@ -22,12 +22,13 @@ from downstream.batch import MAIN, HistorySequence, RankerBatch
 from downstream.configs import RankerConfig
 from downstream.inputs import RankerInputs
 from downstream.match_features import MatchIndex
-from downstream.samples import Array, Pieces, Samples, users_kept
+from downstream.samples import Array, Pieces, Samples
 from downstream.token_store import Tokens
 from downstream.user_index import IndexStore
 from pipelines.domain import Domain
 from pipelines.errors import InputError
 from pipelines.features import FeatureLayout
+from pipelines.splits import users_kept
 
 DAY_US = 86_400_000_000
 

@@ -1,4 +1,4 @@
-"""Ranker samples as arrays, which users are kept, and how samples are cut into pieces of requests.
+"""Ranker samples as arrays, and how they are cut into pieces of requests.
 
 Shape legend: n samples, G requests, P pieces of requests.
 """
@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from downstream.inputs import RankerInputs
 from pipelines.domain import Domain
-from pipelines.errors import InputError
 from pipelines.features import FeatureArrays, arrays, times_us
 
 PIECE_SIZES = (1, 2, 4, 8, 16, 32)
@@ -48,12 +47,14 @@ class Samples:
         """From rows of the table `ranker_samples`; the label is the domain's main one."""
         inputs = RankerInputs.of(domain, num_match=0)
         label = rows.column(f"label_{domain.label.name}").to_numpy(zero_copy_only=False)
+        # Copied: arrow's buffers are read-only, and torch warns of tensors over such memory.
+        keys = {
+            name: np.array(rows.column(name).to_numpy())
+            for name in ("instance_id", "user_id", "item_id", "request_id")
+        }
         return cls(
-            instance_id=rows.column("instance_id").to_numpy(),
-            user_id=rows.column("user_id").to_numpy(),
-            item_id=rows.column("item_id").to_numpy(),
-            request_id=rows.column("request_id").to_numpy(),
-            as_of_us=times_us(rows, "as_of"),
+            **keys,
+            as_of_us=np.array(times_us(rows, "as_of")),
             request=arrays(rows, inputs.request),
             candidate=arrays(rows, inputs.candidate),
             label=np.asarray(label, np.float32),
@@ -104,20 +105,6 @@ def best_piece_size(sizes: Array) -> int:
         return float((-(-sizes // most)).sum() * (REQUEST_COST + most))
 
     return min(PIECE_SIZES, key=cost)
-
-
-def users_kept(user_id: Array, share: float, seed: int) -> Array:
-    """Which rows' users fall into a random `share`: a function of user and seed alone."""
-    if not 0 < share <= 1:
-        raise InputError(f"--user-share must be above 0 and at most 1, got {share}")
-    if share == 1:
-        return np.ones(len(user_id), bool)
-    with np.errstate(over="ignore"):
-        state = user_id.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-        state ^= state >> np.uint64(31)
-    return np.asarray((state >> np.uint64(11)).astype(np.float64) / 2**53 < share)
 
 
 def _fingerprint(features: FeatureArrays) -> Array:

@@ -1,4 +1,4 @@
-"""A tiny fuzzed log behind every test of rankers: users, events with tokens, requests, candidates."""
+"""A tiny fuzzed log behind every test of rankers: events with tokens, requests, candidates."""
 
 from __future__ import annotations
 
@@ -107,10 +107,7 @@ def tiny_data(
         item_id=item,
         side={f.stream_column: side_ids[:, i] for i, f in enumerate(inputs.side.features)},
         labels={
-            label.name: (
-                rng.integers(-1, 2, num_events),
-                time + rng.integers(0, 2 * DAY_US, num_events),
-            )
+            label.name: (rng.integers(-1, 2, num_events), later(time, rng))
             for label in domain.labels
         },
         tokens=tokens,
@@ -135,11 +132,16 @@ def tiny_data(
         request=FeatureArrays(request_ids[group], request_numbers[group]),
         candidate=FeatureArrays(candidate_ids, numbers(inputs.candidate, num)),
         label=np.where(rng.random(num) < 0.1, np.nan, score > 0.5).astype(np.float32),
-        label_time_us=as_of + rng.integers(0, 2 * DAY_US, num),
+        label_time_us=later(as_of, rng),
     )
     match_nM = torch.from_numpy(rng.standard_normal((num, NUM_MATCH)).astype(np.float32))
     store = IndexStore(index, IN_MEMORY)
     return RankerData.from_arrays(inputs, samples, store, match_nM, fields=True)
+
+
+def later(time_us: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Up to two days later: when a label became known."""
+    return time_us + rng.integers(0, 2 * DAY_US, len(time_us))
 
 
 def _item_tokens(rng: np.random.Generator, num_days: int) -> ItemArrays:
