@@ -11,7 +11,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -178,6 +178,16 @@ class Limits:
     latest: str = ""
     """Events at or after this day (YYYY-MM-DD) are from the future; empty: the end of the asked days."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_quarantined_share <= 1:
+            raise InputError(
+                f"limits.max_quarantined_share must be from 0 to 1, got {self.max_quarantined_share}"
+            )
+        if self.latest and not _is_day(self.latest):
+            raise InputError(
+                f"limits.latest must be a day such as '2026-01-31', got {self.latest!r}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
@@ -254,6 +264,13 @@ def duration(text: str, where: str) -> timedelta:
     return timedelta(seconds=int(found[1]) * SECONDS[found[2]])
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def known_domains() -> list[str]:
     """Names of the domain files that come with the toolkit."""
     return sorted(p.name.removesuffix(".toml") for p in resources.files("pipelines.domains").iterdir() if p.name.endswith(".toml"))
@@ -266,7 +283,7 @@ def load(name_or_file: str) -> Domain:
         path = Path(str(resources.files("pipelines.domains") / f"{name_or_file}.toml"))
         if not path.is_file():
             names = known_domains()
-            raise InputError(f"no domain called {name_or_file!r}{_suggest(name_or_file, names)}; known: {', '.join(names)}; or give a FILE.toml")
+            raise InputError(f"no domain called {name_or_file!r}{suggest(name_or_file, names)}; known: {', '.join(names)}; or give a FILE.toml")
     if not path.is_file():
         raise InputError(f"no domain file at {path}; `iat init DATA` drafts one")
     try:
@@ -304,7 +321,7 @@ def check_columns(domain: Domain, found: Sequence[str]) -> None:
     """Refuse a source that lacks a column the domain file names, suggesting the nearest one."""
     missing = [c for c in domain.raw_columns if c not in found]
     if missing:
-        wanted = "; ".join(f"{c!r}{_suggest(c, found)}" for c in missing)
+        wanted = "; ".join(f"{c!r}{suggest(c, found)}" for c in missing)
         raise InputError(f"domain {domain.name!r} names columns that the events lack: {wanted}. The events have: {', '.join(found)}")
 
 
@@ -330,7 +347,8 @@ def _typed(where: str, kind: str, value: Any) -> Any:
     wanted = kind.split(" | ")[0]
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
     types = allowed.get(wanted, (str,))
-    if not isinstance(value, types) or isinstance(value, bool):
+    is_right = isinstance(value, types) and not isinstance(value, bool)
+    if not is_right:
         raise InputError(f"{where} must be of type {wanted if wanted in allowed else 'string'}, got {value!r}")
     return float(value) if wanted == "float" else value
 
@@ -344,12 +362,12 @@ def _rows(raw: Any, name: str) -> list[Any]:
 def _refuse_unknown(where: str, raw: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in raw:
         if name not in known:
-            raise InputError(f"{where} has no key {name!r}{_suggest(name, known)}; known: {', '.join(known)}")
+            raise InputError(f"{where} has no key {name!r}{suggest(name, known)}; known: {', '.join(known)}")
 
 
 def _one_of(where: str, value: object, allowed: Any) -> None:
     if value not in get_args(allowed):
-        raise InputError(f"{where} must be one of {', '.join(map(str, get_args(allowed)))}; got {value!r}{_suggest(str(value), get_args(allowed))}")
+        raise InputError(f"{where} must be one of {', '.join(map(str, get_args(allowed)))}; got {value!r}{suggest(str(value), get_args(allowed))}")
 
 
 def _check_name(what: str, name: object) -> None:
@@ -357,6 +375,6 @@ def _check_name(what: str, name: object) -> None:
         raise InputError(f"a {what} name must be lower-case letters, digits and _, starting with a letter; got {name!r}")
 
 
-def _suggest(name: str, among: Sequence[str]) -> str:
+def suggest(name: str, among: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, among, n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
