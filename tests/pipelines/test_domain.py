@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.domain import check_columns, known_domains, load, parse
+from pipelines.domain import (
+    Columns,
+    Feature,
+    Label,
+    Limits,
+    Negatives,
+    Publishing,
+    Source,
+    check_columns,
+    known_domains,
+    load,
+    parse,
+)
 from pipelines.errors import InputError
 
 SHOP: dict[str, Any] = {
@@ -131,6 +144,9 @@ def test_a_typo_suggests_the_right_word(raw: dict[str, Any], message: str) -> No
         (changed("negatives", to={"per_positive": 0}), "negatives.per_positive"),
         (changed("negatives", to={"per_positive": True}), "per_positive"),
         (changed("tokens", to={"delay": "1 hour"}), "tokens.delay"),
+        (changed("limits", to={"max_quarantined_share": 5}), "limits.max_quarantined_share"),
+        (changed("limits", to={"latest": "31.1.2026"}), "limits.latest"),
+        (changed("limits", to={"latest": "20260131"}), "limits.latest"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -174,3 +190,20 @@ def test_a_file_is_named_in_every_message(tmp_path: Path) -> None:
     file.write_text('name = "shop"')
     with pytest.raises(InputError, match=r"shop.toml: the domain file needs `source`"):
         load(str(file))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [Source, Columns, Label, Feature, Negatives, Publishing, Limits],
+    ids=lambda c: c.__name__,
+)
+def test_every_key_is_documented(part: type) -> None:
+    page = Path(__file__).parents[2] / "docs" / "domains.md"
+    text = page.read_text()
+    assert [f.name for f in fields(part) if f"`{f.name}`" not in text] == []
+
+
+def test_the_example_of_the_documentation_loads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "domains.md").read_text()
+    (tmp_path / "shop.toml").write_text(page.split("```toml\n")[1].split("```")[0])
+    assert load(str(tmp_path / "shop.toml")).name == "shop"
