@@ -124,10 +124,10 @@ class MatchIndex:
             raise ValueError(f"candidates need {', '.join(missing)}; got {', '.join(side) or '-'}")
         out_BM = torch.empty(len(user_ids), len(self.names), device=self.store.device)
         values = {name: item_ids if name == ITEM else side[name] for name in self.fields}
-        for start in range(0, len(user_ids), AT_ONCE):
-            at = slice(start, start + AT_ONCE)
+        # A user's candidates together: the searches then stay in the same few pages.
+        for at in torch.argsort(user_ids).split(AT_ONCE):
             some = {name: value[at].to(self.store.device).long() for name, value in values.items()}
-            out_BM[at] = self._features(
+            out_BM[at.to(self.store.device)] = self._features(
                 user_ids[at].to(self.store.device), as_of_us[at].to(self.store.device), some
             )
         return out_BM

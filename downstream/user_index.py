@@ -224,7 +224,12 @@ class IndexStore:
         published_BL = self._take(self.available_us_N, row_BL) < as_of_BL
         token_mask_BL = mask_BL & published_BL
         token_BLD = self._take(self.token_ND, row_BL)
-        token_BLD.masked_fill_(~token_mask_BL[..., None], 0)
+        if self.device.type == "cpu":
+            # Only the rows that need it: a pass over all takes as long as the gather.
+            hidden = (~token_mask_BL).flatten().nonzero().squeeze(1)
+            token_BLD.flatten(0, 1).index_fill_(0, hidden, 0)
+        else:
+            token_BLD.masked_fill_(~token_mask_BL[..., None], 0)
         gap_us_BL = as_of_BL - self._take(self.columns["event_time_us"], row_BL)
         return Tokens(
             token_BLD=token_BLD,
