@@ -121,6 +121,16 @@ def test_a_walk_that_starts_again_from_the_table_gives_the_same_bits(tmp_path: P
             write(lake, rows, line, start, factor=1.0 if line == "main" else 7.0)
     found = {(i, d): s for rows in made for i, d, *s in listed(rows)}
     assert found == {(i, d): s for i, d, *s in listed(at_once)}
+    # Written again later, an early day starts from the days before it, and from its own line.
+    third = date(1970, 1, 1) + timedelta(days=103)
+    early = listed(item_token_days(item_id[day < 103], day[day < 103], token[day < 103]))
+    newest = {i: (d, s) for i, d, s, *_ in early}
+    for line, factor in (("main", 1), ("other", 7)):
+        state = ItemState.before(lake, "shop", line, third, 3)
+        rows = ItemRows(state.item_id, state.day, state.decayed_sum, state.decayed_count)
+        assert {i: (d, s) for i, d, s, *_ in listed(rows)} == {
+            i: (d, float(np.float32(s) * np.float32(factor))) for i, (d, s) in newest.items()
+        }
     with pytest.raises(
         InputError, match="holds float32 x 3 vectors and this run needs float32 x 4"
     ):
