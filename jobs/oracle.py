@@ -59,7 +59,7 @@ class Oracle:
         self.versions = {declared[name].name: found.version() for name, found in opened.items()}
         self.opened = opened
         self.sql = duckdb.connect()
-        self._run("SET enable_progress_bar = false")
+        self.run("SET enable_progress_bar = false")
         for name, found in opened.items():
             self._register(name, found)
 
@@ -73,7 +73,8 @@ class Oracle:
             table.update_incremental()
         return before == [table.version() for table in self.opened.values()]
 
-    def _run(self, statement: str, parameters: Mapping[str, Any] | None = None) -> None:
+    def run(self, statement: str, parameters: Mapping[str, Any] | None = None) -> None:
+        """Run a statement that has no answer."""
         self.sql.execute(statement, parameters).fetchall()
 
     def table(self, query: str, parameters: Mapping[str, Any] | None = None) -> pa.Table:
@@ -100,7 +101,7 @@ class Oracle:
         hashed = "".join(
             f", s.{f.stream_column} AS bucket_{f.name}" for f in self.domain.side_features
         )
-        self._run(
+        self.run(
             f"""CREATE OR REPLACE TEMP TABLE sample AS
             SELECT k, s.instance_id, s.user_id, s.item_id, epoch_us(s.as_of) AS as_of_us,
                    s.is_sampled, i.user_key, i.item_key, epoch_us(i.event_time) AS event_us,
@@ -118,7 +119,7 @@ class Oracle:
             f", label_{x.name}, epoch_us(label_time_{x.name}) AS known_us_{x.name}"
             for x in self.domain.labels
         )
-        self._run(
+        self.run(
             f"""CREATE OR REPLACE TEMP TABLE past AS
             SELECT instance_id, user_key, item_key, epoch_us(event_time) AS event_us, event_date
                    {features} {labels}
@@ -126,7 +127,7 @@ class Oracle:
             AND (user_key IN (SELECT user_key FROM sample)
                  OR item_key IN (SELECT item_key FROM sample))"""
         )
-        self._run(
+        self.run(
             """CREATE OR REPLACE TEMP TABLE token AS
             SELECT instance_id, epoch_us(available_time) AS available_us, token FROM tokens
             WHERE compressor_line = $line
