@@ -122,14 +122,15 @@ class MatchIndex:
         missing = [name for name in self.fields if name != ITEM and name not in side]
         if missing:
             raise ValueError(f"candidates need {', '.join(missing)}; got {', '.join(side) or '-'}")
-        out_BM = torch.empty(len(user_ids), len(self.names), device=self.store.device)
-        values = {name: item_ids if name == ITEM else side[name] for name in self.fields}
+        device = self.store.device
+        user_ids, as_of_us, item_ids = (x.to(device) for x in (user_ids, as_of_us, item_ids))
+        values = {name: side[name].to(device) for name in self.fields if name != ITEM}
+        values = {ITEM: item_ids} | values
+        out_BM = torch.empty(len(user_ids), len(self.names), device=device)
         # A user's candidates together: the searches then stay in the same few pages.
         for at in torch.argsort(user_ids).split(AT_ONCE):
-            some = {name: value[at].to(self.store.device).long() for name, value in values.items()}
-            out_BM[at.to(self.store.device)] = self._features(
-                user_ids[at].to(self.store.device), as_of_us[at].to(self.store.device), some
-            )
+            some = {name: value[at].long() for name, value in values.items()}
+            out_BM[at] = self._features(user_ids[at], as_of_us[at], some)
         return out_BM
 
     def _features(self, user_ids: Tensor, as_of_us: Tensor, values: dict[str, Tensor]) -> Tensor:
