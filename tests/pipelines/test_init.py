@@ -193,6 +193,13 @@ def test_odd_names_and_paths_are_quoted(tmp_path: Path) -> None:
     assert {"the_page_of_7_s", "f_2nd_position"} <= set(features(domain))
 
 
+def test_a_nearly_constant_column_is_not_taken_for_the_items(tmp_path: Path) -> None:
+    """Rows of an item agree on it in 99 of 100 cases, but so do any two rows."""
+    alarms = [int(i % 200 == 3) for i in range(NUM_ROWS)]
+    domain, _, _ = drafted(shop(alarm=alarms), tmp_path)
+    assert features(domain)["alarm"] == ("category", "event", "request")
+
+
 def test_a_column_that_claims_the_name_item_gets_another(tmp_path: Path) -> None:
     domain, _, _ = drafted(shop(item=["a", "b"] * (NUM_ROWS // 2)), tmp_path)
     assert [f.column for f in domain.features if f.name == "item"] == [domain.columns.item]

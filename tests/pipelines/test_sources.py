@@ -12,7 +12,8 @@ import pytest
 
 from pipelines.domain import Domain, Source, check_columns, load
 from pipelines.errors import InputError
-from pipelines.sources import completejourney, prepare, synthetic
+from pipelines.sources import READERS, completejourney, prepare, synthetic
+from pipelines.sources.sample import Sample
 
 RATINGS = "1::10::5::978300760\n1::20::3::978300760\n2::10::4::978386400\n3::20::1::978473000\n"
 MOVIES = "10::Amélie (2001)::Comedy|Romance\n20::Heat::Action\n"
@@ -127,11 +128,26 @@ def test_a_log_is_made_once_and_then_reused(tmp_path: Path, movielens_1m: Path) 
     assert len(rows(prepare(domain, tmp_path, data=movielens_1m))) == 5
 
 
-def test_an_interrupted_preparation_leaves_nothing(tmp_path: Path, movielens_1m: Path) -> None:
+def test_data_that_does_not_parse_leaves_nothing(tmp_path: Path, movielens_1m: Path) -> None:
     (movielens_1m / "ratings.dat").write_text("these are no ratings\n")
     with pytest.raises(InputError, match="does not read as MovieLens"):
         prepare(load("movielens"), tmp_path / "lake", data=movielens_1m)
     assert not [p for p in (tmp_path / "lake").rglob("*") if p.is_file()]
+
+
+def test_a_half_written_log_is_never_taken_for_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, sample: Sample) -> None:
+        path.write_bytes(b"PAR1 and no more")
+        raise InputError("the disk is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(READERS, "synthetic", fail)
+        with pytest.raises(InputError, match="the disk is gone"):
+            prepare(load("synthetic"), tmp_path, limit_users=8, days=5)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert rows(prepare(load("synthetic"), tmp_path, limit_users=8, days=5))
 
 
 def test_movielens_reads_the_files_of_grouplens(tmp_path: Path, movielens_1m: Path) -> None:
