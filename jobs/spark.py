@@ -182,9 +182,10 @@ class SparkTables:
             stored = self.spark.read.format("delta").load(path).schema
             _check_stored_schema(table, stored)
             return
-        empty = DeltaTable.createIfNotExists(self.spark).location(path)
-        empty = empty.addColumns(_spark_schema(table)).partitionedBy(*table.partition_by)
-        empty.execute()
+        # A write and not Delta's CREATE, which refuses a folder in which another writer has begun,
+        # or one that was killed.
+        empty = self.spark.createDataFrame([], _spark_schema(table)).write.format("delta")
+        empty.mode("ignore").partitionBy(*table.partition_by).save(path)
 
     def _committed_version(self, path: str) -> int:
         """The version this session just committed, the newest when there was nothing to commit."""

@@ -243,6 +243,17 @@ def test_two_writers_of_one_day_leave_the_rows_of_one_of_them(
     assert delta.read(lake, VIEWS).num_rows == 6
 
 
+def test_what_a_killed_first_write_left_behind_is_no_obstacle(
+    spark: SparkSession, tables: SparkTables, lake: str
+) -> None:
+    folder = Path(lake, VIEWS.name)
+    (folder / "_delta_log").mkdir(parents=True)
+    (folder / "event_date=2026-01-01").mkdir()
+    (folder / "event_date=2026-01-01" / "orphan.parquet").write_text("half a file")
+    tables.replace(VIEWS, views(spark, num_days=1), day(0), commit=JOB)
+    assert delta.read(lake, VIEWS).num_rows == 6
+
+
 def test_losing_every_race_is_a_fault_worth_retrying() -> None:
     tries = []
 
