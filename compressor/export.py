@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pyarrow as pa
@@ -12,17 +12,9 @@ from compressor import codecs, item_tokens
 from compressor.data import StreamData
 from compressor.walk import DayResult
 from pipelines import delta, tables
-from pipelines.days import Days, midnight
+from pipelines.days import Days, as_date, midnight
 from pipelines.domain import Domain
 from pipelines.token_format import TokenFormat, declare
-
-EPOCH = date(1970, 1, 1)
-
-
-def as_date(day: int) -> date:
-    """Days since 1970 as a date."""
-    return EPOCH + timedelta(days=day)
-
 
 @dataclass
 class TokenWriter:
@@ -41,7 +33,7 @@ class TokenWriter:
     def add(self, result: DayResult) -> None:
         self.pending.append(result)
 
-    def flush(self, days: Days, *, is_frozen_version: str = "") -> None:
+    def flush(self, days: Days, *, frozen_version: str = "") -> None:
         """Replace `days` of this line by what was added since the last flush.
 
         A streaming line has a version a day, named after the day whose weights wrote it.
@@ -54,7 +46,7 @@ class TokenWriter:
             self.items = item_tokens.ItemState.before(self.lake, self.domain.name, self.line, days.start, self.width)
         token_parts, item_parts = [instance.schema.empty_table()], [item.schema.empty_table()]
         for result in self.pending:
-            version = is_frozen_version or f"{self.line}@{as_date(result.day)}"
+            version = frozen_version or f"{self.line}@{as_date(result.day)}"
             token_parts.append(self._instance_rows(result, version))
             item_parts.append(self._item_rows(result, version))
             self.num_tokens += len(result.event_row)

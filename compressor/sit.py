@@ -26,7 +26,7 @@ class SourceInstanceTransformer(nn.Module):
         self.layers = nn.ModuleList(SitLayer(width, num_heads) for _ in range(num_layers))
 
     def forward(self, x_PD: Tensor, packing: Packing, *, is_fast: bool | None = None) -> Tensor:
-        use_flex = x_PD.is_cuda if is_fast is None else is_fast
+        use_flex = bool(is_fast)
         view: _PaddedView | _FlexView = _FlexView(packing) if use_flex else _PaddedView(packing)
         for layer in self.layers:
             x_PD = layer(x_PD, view)

@@ -219,10 +219,12 @@ class RankerData:
             ids_NS, numbers_NN = self.tensors.field_ids_NS, self.tensors.field_numbers_NN
             if ids_NS is None or numbers_NN is None:
                 raise InputError("this arm reads all logged fields; load the samples with them")
+            mask_RL = self._published(found, as_of_R)
+            is_hidden_RL1 = ~mask_RL[..., None]
             return sequence._replace(
-                field_ids_RLS=ids_NS[row_RL],
-                field_numbers_RLN=numbers_NN[row_RL],
-                field_mask_RL=self._published(found, as_of_R),
+                field_ids_RLS=ids_NS[row_RL].masked_fill_(is_hidden_RL1, 0),
+                field_numbers_RLN=numbers_NN[row_RL].masked_fill_(is_hidden_RL1, float("nan")),
+                field_mask_RL=mask_RL,
             )
         return sequence
 

@@ -104,6 +104,8 @@ class SequenceRanker(nn.Module):
             )
             widths["branch"] = config.width
         self.interaction = Interaction(config, widths)
+        # A short way to the logit for what is already a good feature (Wide & Deep, arXiv 1606.07792).
+        self.wide = nn.Linear(widths["cross"], 1) if "cross" in widths else None
 
     def encode_request(self, batch: RankerBatch) -> RequestState:
         """See Ranker."""
@@ -155,14 +157,16 @@ class SequenceRanker(nn.Module):
             groups["branch"] = self.branch.read(
                 state.branch, candidate_RCX, groups.get("history"), item_token_RCD
             )
-        if cross:
+        wide_RC: Tensor | float = 0.0
+        if cross and self.wide is not None:
             groups["cross"] = torch.cat(cross, dim=-1)
+            wide_RC = self.wide(groups["cross"]).squeeze(-1)
         token_RCTD = self.interaction.tokens(groups, item_slot_RCD)
         assert token_RCTD is not None  # there is always an item group
         if state.token_RTD is not None:
             shape = (-1, token_RCTD.shape[1], -1, -1)
             token_RCTD = torch.cat([state.token_RTD[:, None].expand(shape), token_RCTD], dim=2)
-        return self.interaction(token_RCTD)
+        return self.interaction(token_RCTD) + wide_RC
 
     def forward(self, batch: RankerBatch) -> Tensor:
         """logit_RC."""

@@ -19,7 +19,6 @@ import torch
 from compressor import data as streams
 from compressor.configs import SourceConfig, TrainingConfig
 from compressor.data import DAY_US, StreamData
-from compressor.export import as_date
 from compressor.item_tokens import item_token_days
 from compressor.nn.embedding import Vocabulary
 from compressor.training import metrics
@@ -31,6 +30,7 @@ from downstream.streaming import RankerTrainer
 from downstream.streaming import fit as fit_ranker
 from downstream.streaming import walk as walk_ranker
 from downstream.user_index import IndexStore
+from pipelines.days import as_date
 from pipelines.domain import Domain
 
 Array = npt.NDArray[Any]

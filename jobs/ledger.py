@@ -80,21 +80,6 @@ def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
             _write(lake, run, started, wall_s, report)
 
 
-def table_sizes(lake: str, *declared: tables.Table) -> list[dict[str, Any]]:
-    """Rows, bytes and files of each table that exists, as `{"table", "rows", "bytes", "files"}`."""
-    found = []
-    for table in declared:
-        if delta.exists(lake, table):
-            actions = delta.open_table(lake, table).get_add_actions(flatten=True)
-            files = pa.table(actions).to_pydict()
-            sizes = files["size_bytes"]
-            rows = sum(count or 0 for count in files["num_records"])
-            found.append(
-                {"table": table.name, "rows": rows, "bytes": sum(sizes), "files": len(sizes)}
-            )
-    return found
-
-
 def machine() -> dict[str, Any]:
     """What the run ran on: cores, memory, system, and the GPU if torch sees one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

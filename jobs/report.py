@@ -1,4 +1,4 @@
-"""`report.html`, one page that needs no network; `print_table` is its comparison for the terminal.
+"""`report.html`, one page that needs no network; `print_table` gives its comparison as text.
 
 A report is a dict, the one that `--json` writes. Every key may be missing; what is missing is said.
 

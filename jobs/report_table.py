@@ -6,10 +6,9 @@ The page and the terminal show the same figures because both take them from here
 from __future__ import annotations
 
 import math
-import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 Row = Mapping[str, Any]
 
@@ -17,17 +16,12 @@ NOTHING = "-"
 TERMINAL_COLUMNS = 110
 
 
-def print_table(report: Row, file: TextIO | None = None) -> None:
-    """Print `table_text` to `file` (default: stdout)."""
-    (file or sys.stdout).write(table_text(report))
-
-
-def table_text(report: Row) -> str:
+def print_table(report: Row) -> str:
     """The comparison as plain text of at most 110 columns; long arm names wrap."""
     title = " · ".join(str(report[k]) for k in ("domain", "protocol", "created_for") if k in report)
     arms = arms_of(report)
     if not arms:
-        return f"{title}\nNo arms were compared.\n"
+        return f"{title}\nNo arms were compared."
     rows = [
         [name, *(show(arm) for _, show in COLUMNS[1:])] for arm in arms for name in [arm["name"]]
     ]
@@ -37,7 +31,7 @@ def table_text(report: Row) -> str:
     lines = [title, *_terminal_row(heads, widths), "-" * (sum(widths) + 2 * (len(widths) - 1))]
     for row in rows:
         lines += _terminal_row(row, widths)
-    return "\n".join([*lines, "", *textwrap.wrap(finding(report), TERMINAL_COLUMNS)]) + "\n"
+    return "\n".join([*lines, "", *textwrap.wrap(finding(report), TERMINAL_COLUMNS)])
 
 
 def finding(report: Row) -> str:

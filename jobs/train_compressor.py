@@ -16,14 +16,14 @@ from compressor import data as streams
 from compressor import versions
 from compressor.configs import SourceConfig, TrainingConfig
 from compressor.data import StreamData
-from compressor.export import TokenWriter, as_date
+from compressor.export import TokenWriter
 from compressor.nn.embedding import Vocabulary
 from compressor.training import metrics
 from compressor.versions import Version
 from compressor.walk import DayResult, Trainer, fit, walk
 from jobs import ledger
 from pipelines import delta, tables
-from pipelines.days import Days
+from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
@@ -32,7 +32,6 @@ from pipelines.splits import users_kept
 log = logging.getLogger(__name__)
 
 FLUSH_DAYS = 30
-EPOCH = date(1970, 1, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +187,7 @@ def stream_days(lake: str, table: tables.Table) -> Days:
 
 def day_range(days: Days) -> range:
     """Days since 1970."""
-    return range((days.start - EPOCH).days, (days.end - EPOCH).days)
+    return range(as_number(days.start), as_number(days.end))
 
 
 def device_of(name: str) -> str:

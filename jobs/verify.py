@@ -105,7 +105,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.report is not None:
         args.report.write_text(json.dumps(report, indent=1, sort_keys=True) + "\n")
     if not report["passed"]:
-        raise CheckFailedError(first_failures(report))
+        raise CheckFailedError(first_failures(report), report)
     return report
 
 

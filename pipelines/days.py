@@ -54,3 +54,16 @@ def to_us(moment: datetime) -> int:
     """Microseconds since 1970 UTC, exactly."""
     since = moment - datetime(1970, 1, 1, tzinfo=UTC)
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
+
+
+def as_date(day: int) -> date:
+    """Days since 1970 as a date."""
+    return EPOCH + timedelta(days=day)
+
+
+def as_number(day: date) -> int:
+    """A date as days since 1970."""
+    return (day - EPOCH).days
+
+
+EPOCH = date(1970, 1, 1)

@@ -1,5 +1,7 @@
 """The errors that a command turns into an exit code instead of a traceback."""
 
+from typing import Any
+
 
 class InputError(Exception):
     """The input or the environment is wrong: says what was needed, what came, what to do. Exit code 2."""
@@ -10,4 +12,8 @@ class RetryableError(Exception):
 
 
 class CheckFailedError(Exception):
-    """A check ran and did not hold. Exit code 1."""
+    """A check ran and did not hold; `result` is what it found. Exit code 1."""
+
+    def __init__(self, message: str, result: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.result = result

@@ -59,12 +59,3 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     with ledger.job(str(tmp_path), "evaluate", Args(lake=str(tmp_path), dry_run=True)):
         pass
     assert not delta.exists(str(tmp_path), tables.job_reports())
-
-
-def test_table_sizes_counts_rows_bytes_and_files(tmp_path: Path) -> None:
-    for _ in range(2):
-        with ledger.job(str(tmp_path), "evaluate"):
-            pass
-    (size,) = ledger.table_sizes(str(tmp_path), tables.job_reports(), tables.compressor_versions())
-    assert (size["table"], size["rows"], size["files"]) == ("job_reports", 2, 2)
-    assert size["bytes"] > 0

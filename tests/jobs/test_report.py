@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 from jobs import report_plots
 from jobs.report import html, print_table, write_report
-from jobs.report_table import table_text
 
 ARMS = (
     ("no history", -51.2, 0.9, 38.0, 0),
@@ -168,7 +166,7 @@ def test_a_missing_section_is_said_and_not_fatal(missing: str) -> None:
     report.pop(missing, None)
     page = html(report)
     assert Page(page).opened == []
-    assert table_text(report)
+    assert print_table(report)
     if missing in ("lake", "checks", "timings", "settings", "everything"):
         assert "This run did not record it." in page
     if missing in ("tokens", "everything"):
@@ -181,17 +179,15 @@ def test_figures_that_are_null_or_not_numbers_are_shown_as_missing() -> None:
         arm.update(auc=None, gauc=float("nan"), diff_low=None, seconds=None, weekly=[])
     report["tokens"] = {"norms": [{"month": "2017-01"}], "drift": [{"month": "2017-01"}]}
     assert Page(html(report)).opened == []
-    assert "nan" not in table_text(report)
+    assert "nan" not in print_table(report)
 
 
 def test_the_terminal_table_fits_110_columns_and_holds_every_arm() -> None:
     report = sample_report()
     report["arms"][1]["seconds"] = 12_345.6
-    out = io.StringIO()
-    print_table(report, out)
-    lines = out.getvalue().splitlines()
+    lines = print_table(report).splitlines()
     assert max(map(len, lines)) <= 110
-    together = " ".join(out.getvalue().split())
+    together = " ".join(" ".join(lines).split())
     assert "+4.33 [+2.73, +5.93]" in together
     assert ".8239 [.8199, .8279]" in together
     assert "4 of 9 arms are better and 3 worse" in together

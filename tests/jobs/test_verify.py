@@ -26,7 +26,7 @@ from pipelines.days import Days
 from pipelines.domain import Domain, parse
 from pipelines.errors import CheckFailedError, InputError
 
-LINE, WIDTH, DAYS, USERS, ITEMS = "user", 8, 50, 50, 400
+LINE, WIDTH, DAYS, USERS, ITEMS = "user", 8, 35, 60, 300
 FIRST = date(2024, 3, 1)
 DAY_US = 86_400_000_000
 START_US = (FIRST - date(1970, 1, 1)).days * DAY_US
@@ -66,7 +66,7 @@ def log(seed: int, pool_days: int = 1) -> list[dict[str, Any]]:
         row |= {"id": number * 7919 % 1_000_003 + 1, "sampled": False}
     period = np.array([row["day"] // pool_days for row in rows])
     taken = {(row["user"], row["day"] // pool_days, row["item"]) for row in rows}
-    negatives = []
+    negatives: list[dict[str, Any]] = []
     for row in rows:
         pool = np.flatnonzero(period == row["day"] // pool_days)
         for place in random.choice(pool, 12):
@@ -247,12 +247,16 @@ def test_a_store_that_reads_the_same_instant_is_caught(honest: tuple[Domain, str
     assert events["failing"][0]["events_back"] == 1
 
 
-def test_match_features_of_the_same_instant_are_caught(honest: tuple[Domain, str]) -> None:
+def test_match_features_of_the_same_instant_are_caught(
+    honest: tuple[Domain, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec, lake = honest
 
     def shifted(reader: Reader) -> Reader:
         features = reader.match.features
-        reader.match.features = lambda u, t, i, side: features(u, t + 1, i, side)  # type: ignore[method-assign]
+        monkeypatch.setattr(
+            reader.match, "features", lambda u, t, i, side: features(u, t + 1, i, side)
+        )
         return reader
 
     opener = planted(spec, shifted)
@@ -389,8 +393,10 @@ def test_the_command_fails_with_the_first_failing_rows(
     args = job.Args(
         domain="small", lake=on_file, line=LINE, samples=10, length=8, report=tmp_path / "v.json"
     )
-    with pytest.raises(CheckFailedError, match=r"history events and order: 10 of 10 differ\n  {"):
+    wanted = r"history events and order: 10 of 10 differ\n  {"
+    with pytest.raises(CheckFailedError, match=wanted) as caught:
         job.main(args)
+    assert caught.value.result == json.loads((tmp_path / "v.json").read_text())
     assert not json.loads((tmp_path / "v.json").read_text())["passed"]
 
 

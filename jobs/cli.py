@@ -1,0 +1,146 @@
+"""`iat`: one sub-command per job, the same words and exit codes everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from pipelines.errors import CheckFailedError, InputError, RetryableError
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "quickstart": ("jobs.quickstart", "the whole chain on a real log: what instance tokens add to a strong ranker"),
+    "init": ("jobs.init", "draft a domain file from a Parquet, CSV or Delta source"),
+    "build-instances": ("jobs.build_instances", "raw events -> instances, with quarantine and sampled negatives (Spark)"),
+    "build-streams": ("jobs.build_streams", "instances -> temporal-order and user-order streams, histories (Spark)"),
+    "build-samples": ("jobs.build_samples", "instances -> ranker samples: pointers, never copies (Spark)"),
+    "train-compressor": ("jobs.train_compressor", "train a source model; streaming: walk the days and write their tokens"),
+    "write-tokens": ("jobs.write_tokens", "tokens of some days by a trained version"),
+    "fetch": ("jobs.fetch", "a user's newest tokens strictly before a moment"),
+    "train-ranker": ("jobs.train_ranker", "train and predict one arm of a ranker over fetched tokens"),
+    "evaluate": ("jobs.evaluate", "AUC, GAUC, log loss and normalised entropy of predictions, with intervals"),
+    "verify": ("jobs.verify", "leak proof: an SQL oracle, a disturbed future, fair negatives; signed report"),
+}
+USAGE = """usage: iat COMMAND [flags]      iat COMMAND --help for the flags of one
+
+{commands}
+
+Days are UTC and half open: --start DAY --end DAY. --domain takes a name ({domains}) or a FILE.toml.
+--json FILE writes what was printed for people as JSON. Logs go to stderr.
+Exit codes: 0 done, 1 a check failed, 2 wrong input (one clear message), 3 a fault worth retrying."""
+
+JSON_HELP = "Every command also takes --json FILE: what it printed for people, as JSON with stable keys."
+
+DONE, CHECK_FAILED, WRONG_INPUT, RETRY = 0, 1, 2, 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one sub-command and leave with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: list[str]) -> int:
+    """The exit code of one sub-command."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(usage() + "\n")
+        return DONE if argv else WRONG_INPUT
+    name, *flags = argv
+    if name not in COMMANDS:
+        from pipelines.domain import suggest
+
+        return _refuse(f"no command called {name!r}{suggest(name, list(COMMANDS))}; `iat --help` lists them")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+        flags, target = _json_flag(flags)
+        # Values are checked while they are parsed, so parsing is inside the block.
+        args = tyro.cli(module.Args, prog=f"iat {name}", description=f"{module.Args.__doc__}\n\n{JSON_HELP}", args=flags)
+        write_json(target, module.main(args))
+    except InputError as error:
+        return _refuse(str(error))
+    except CheckFailedError as error:
+        sys.stderr.write(f"iat {name}: check failed: {error}\n")
+        return CHECK_FAILED
+    except RetryableError as error:
+        sys.stderr.write(f"iat {name}: {error}\nThis may pass: run the same command again.\n")
+        return RETRY
+    except OSError as error:
+        return _os_error(name, error)
+    return DONE
+
+
+def _json_flag(flags: list[str]) -> tuple[list[str], Path | None]:
+    """The flags without --json, and its file."""
+    if "--json" in flags:
+        at = flags.index("--json")
+        if at + 1 == len(flags):
+            raise InputError("--json needs a FILE")
+        return flags[:at] + flags[at + 2 :], _target(flags[at + 1])
+    for at, flag in enumerate(flags):
+        if flag.startswith("--json="):
+            return flags[:at] + flags[at + 1 :], _target(flag.removeprefix("--json="))
+    return flags, None
+
+
+def _target(name: str) -> Path:
+    """Refused before the work, not after it, where its folder does not exist."""
+    path = Path(name)
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--json {name}: there is no folder {path.absolute().parent}; make it first")
+    return path
+
+
+def usage() -> str:
+    """The list of sub-commands."""
+    from pipelines.domain import known_domains
+
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return USAGE.format(commands=commands, domains=", ".join(known_domains()))
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Atomically, so that a reader never meets half a file."""
+    if path is None:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(_plain(result), indent=1, sort_keys=True, default=str) + "\n")
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
+
+
+def _os_error(name: str, error: OSError) -> int:
+    if error.errno == errno.ENOSPC:
+        sys.stderr.write(
+            f"iat {name}: no space left on the disk ({error.filename or 'the lake'}). Nothing was half-written: "
+            "free some space and run the same command again.\n"
+        )
+        return RETRY
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        return _refuse(f"{error.strerror}: {error.filename}")
+    traceback.print_exc()
+    return RETRY
+
+
+def _refuse(message: str) -> int:
+    sys.stderr.write(f"iat: {message}\n")
+    return WRONG_INPUT
+
+
+if __name__ == "__main__":
+    main()
