@@ -10,7 +10,8 @@ Order = Literal["temporal", "user"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceConfig:
-    """The source model: encoder, bottleneck, Source Instance Transformer, heads (papers: IAT, RankMixer)."""
+    """The source model: encoder, bottleneck, Source Instance Transformer, heads (papers: IAT,
+    RankMixer)."""
 
     order: Order = "user"
     embedding: int = 16
@@ -31,16 +32,21 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.num_tokens:
-            raise ValueError(f"width {self.width} must be a multiple of num_tokens {self.num_tokens}")
+            raise ValueError(
+                f"width {self.width} must be a multiple of num_tokens {self.num_tokens}"
+            )
         if self.bottleneck % self.heads:
-            raise ValueError(f"bottleneck {self.bottleneck} must be a multiple of heads {self.heads}")
+            raise ValueError(
+                f"bottleneck {self.bottleneck} must be a multiple of heads {self.heads}"
+            )
         if self.context < 1:
             raise ValueError(f"context must be at least 1, got {self.context}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """How weights are updated; `units` are user-days in user order, blocks of 64 rows in temporal order."""
+    """How weights are updated; `units` are user-days in user order, blocks of 64 rows in temporal
+    order."""
 
     learning_rate: float = 3e-3
     embedding_factor: float = 2.5
@@ -56,5 +62,13 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.batch_units < 1 or self.replay < 0 or not 0 <= self.average < 1:
-            raise ValueError(f"learning_rate and batch_units must be positive, replay not negative, average in [0, 1): {self}")
+        if (
+            self.learning_rate <= 0
+            or self.batch_units < 1
+            or self.replay < 0
+            or not 0 <= self.average < 1
+        ):
+            raise ValueError(
+                f"learning_rate and batch_units must be positive, replay not negative, average in "
+                f"[0, 1): {self}"
+            )

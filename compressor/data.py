@@ -1,8 +1,12 @@
-"""A stream of model-ready instances as device-resident arrays, and the units that training draws from it.
+"""A stream of model-ready instances as device-resident arrays, and the units that training draws
+from it.
 
-Rows are user-major: a user's rows together, in (event_time, instance_id) order. An event is a row that really happened
-(not a sampled negative): events become tokens, all rows are predicted. A unit is a user and a range of that user's rows
-(one day in the streaming protocol): its rows are the targets, the user's newest events before them the context.
+Rows are user-major: a user's rows together, in (event_time, instance_id) order. An event is a row
+that really happened
+(not a sampled negative): events become tokens, all rows are predicted. A unit is a user and a
+range of that user's rows
+(one day in the streaming protocol): its rows are the targets, the user's newest events before them
+the context.
 """
 
 from __future__ import annotations
@@ -41,24 +45,34 @@ class StreamData:
     """First row of this row's user."""
     next_first: Int64s
     next_count: Int64s
-    """Per event: the first event and the number of events of the user's next request (count 0: none)."""
+    """Per event: the first event and the number of events of the user's next request (count 0:
+    none)."""
     tensors: StreamTensors
 
     def __len__(self) -> int:
         return len(self.time_us)
 
     def day_units(self, days: Sequence[int] | None = None) -> Int64s:
-        """[num_units, 2] row ranges, one per (user, day), ordered by day then user; `days` keeps some."""
+        """[num_units, 2] row ranges, one per (user, day), ordered by day then user; `days` keeps
+        some."""
         cut = np.flatnonzero(np.diff(self.user_start, prepend=-1) | np.diff(self.day, prepend=-1))
         units = np.stack([cut, np.append(cut[1:], len(self))], axis=1).reshape(-1, 2)
         units = units[np.lexsort((units[:, 0], self.day[units[:, 0]]))] if len(units) else units
         return units if days is None else units[np.isin(self.day[units[:, 0]], np.asarray(days))]
 
     def user_units(self, first_day: int, last_day: int, max_rows: int) -> Int64s:
-        """Row ranges that cut each user's rows in [first_day, last_day) into pieces of at most about `max_rows`, at day borders."""
+        """Row ranges that cut each user's rows in [first_day, last_day) into pieces of at most
+        about `max_rows`, at day borders."""
         pieces: list[tuple[int, int]] = []
-        for begin, end in self.day_units(range(first_day, last_day))[np.argsort(self.day_units(range(first_day, last_day))[:, 0])]:
-            if pieces and pieces[-1][1] == begin and self.user_start[begin] == self.user_start[pieces[-1][0]] and end - pieces[-1][0] <= max_rows:
+        for begin, end in self.day_units(range(first_day, last_day))[
+            np.argsort(self.day_units(range(first_day, last_day))[:, 0])
+        ]:
+            if (
+                pieces
+                and pieces[-1][1] == begin
+                and self.user_start[begin] == self.user_start[pieces[-1][0]]
+                and end - pieces[-1][0] <= max_rows
+            ):
                 pieces[-1] = (pieces[-1][0], int(end))
             else:
                 pieces.append((int(begin), int(end)))
@@ -85,19 +99,30 @@ class StreamTensors:
     next_count_E: Tensor
 
 
-def load(rows: pa.Table, domain: Domain, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> StreamData:
+def load(
+    rows: pa.Table, domain: Domain, vocabulary: Vocabulary, device: torch.device | str = "cpu"
+) -> StreamData:
     """Stream rows (either order) as arrays; ids the vocabulary lacks read as never seen."""
     rows = rows.sort_by([(name, "ascending") for name in ("user_id", "event_time", "instance_id")])
-    request, after = FeatureLayout.of(domain, known="request"), FeatureLayout.of(domain, known="after")
+    request, after = (
+        FeatureLayout.of(domain, known="request"),
+        FeatureLayout.of(domain, known="after"),
+    )
     at_request, afterwards = arrays(rows, request), arrays(rows, after)
     user_id = rows.column("user_id").to_numpy()
     time_us = times_us(rows, "event_time")
     is_event = ~rows.column("is_sampled").to_numpy()
-    starts = np.flatnonzero(np.diff(user_id, prepend=user_id[0] - 1)) if len(user_id) else np.zeros(0, np.int64)
+    starts = (
+        np.flatnonzero(np.diff(user_id, prepend=user_id[0] - 1))
+        if len(user_id)
+        else np.zeros(0, np.int64)
+    )
     user_start = np.repeat(starts, np.diff(np.append(starts, len(user_id))))
     events = np.flatnonzero(is_event)
     next_first, next_count = _next_requests(user_start[events], time_us[events])
-    label = rows.column(f"label_{domain.label.name}").to_numpy(zero_copy_only=False).astype(np.float32)
+    label = (
+        rows.column(f"label_{domain.label.name}").to_numpy(zero_copy_only=False).astype(np.float32)
+    )
 
     def tensor(values: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(np.array(values)).to(device)
@@ -119,9 +144,18 @@ def load(rows: pa.Table, domain: Domain, vocabulary: Vocabulary, device: torch.d
         next_count_E=tensor(next_count),
     )
     return StreamData(
-        instance_id=rows.column("instance_id").to_numpy(), user_id=user_id, item_id=rows.column("item_id").to_numpy(),
-        time_us=time_us, day=time_us // DAY_US, is_event=is_event, event_before=event_before, events=events,
-        user_start=user_start, next_first=next_first, next_count=next_count, tensors=tensors,
+        instance_id=rows.column("instance_id").to_numpy(),
+        user_id=user_id,
+        item_id=rows.column("item_id").to_numpy(),
+        time_us=time_us,
+        day=time_us // DAY_US,
+        is_event=is_event,
+        event_before=event_before,
+        events=events,
+        user_start=user_start,
+        next_first=next_first,
+        next_count=next_count,
+        tensors=tensors,
     )
 
 
@@ -132,7 +166,8 @@ def vocabulary_of(rows: pa.Table, domain: Domain, start: Vocabulary | None = Non
 
 
 def _next_requests(user: Int64s, time_us: Int64s) -> tuple[Int64s, Int64s]:
-    """Per event (user-major): where the user's next, strictly later, instant starts and how many events it has."""
+    """Per event (user-major): where the user's next, strictly later, instant starts and how many
+    events it has."""
     if not len(user):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     starts = np.flatnonzero(np.diff(user, prepend=user[0] - 1) | np.diff(time_us, prepend=-1))

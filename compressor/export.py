@@ -1,4 +1,5 @@
-"""Tokens and item tokens to Delta: whole days, once, with the moment from which they may be read."""
+"""Tokens and item tokens to Delta: whole days, once, with the moment from which they may be
+read."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pipelines import delta, tables
 from pipelines.days import Days, as_date, midnight
 from pipelines.domain import Domain
 from pipelines.token_format import TokenFormat, declare
+
 
 @dataclass
 class TokenWriter:
@@ -43,19 +45,32 @@ class TokenWriter:
         declare(self.lake, instance, TokenFormat("float16", self.width))
         declare(self.lake, item, TokenFormat("float32", self.width))
         if self.items is None:
-            self.items = item_tokens.ItemState.before(self.lake, self.domain.name, self.line, days.start, self.width)
+            self.items = item_tokens.ItemState.before(
+                self.lake, self.domain.name, self.line, days.start, self.width
+            )
         token_parts, item_parts = [instance.schema.empty_table()], [item.schema.empty_table()]
         for result in self.pending:
             version = frozen_version or f"{self.line}@{as_date(result.day)}"
             token_parts.append(self._instance_rows(result, version))
             item_parts.append(self._item_rows(result, version))
             self.num_tokens += len(result.event_row)
-        delta.replace(self.lake, instance, pa.concat_tables(token_parts), days, line=self.line, commit=self.commit)
-        delta.replace(self.lake, item, pa.concat_tables(item_parts), days, line=self.line, commit=self.commit)
+        delta.replace(
+            self.lake,
+            instance,
+            pa.concat_tables(token_parts),
+            days,
+            line=self.line,
+            commit=self.commit,
+        )
+        delta.replace(
+            self.lake, item, pa.concat_tables(item_parts), days, line=self.line, commit=self.commit
+        )
         self.pending.clear()
 
     def _available(self, day: int) -> datetime:
-        return midnight(as_date(day + 1)).astimezone(UTC) + timedelta(microseconds=self.domain.tokens.delay_us)
+        return midnight(as_date(day + 1)).astimezone(UTC) + timedelta(
+            microseconds=self.domain.tokens.delay_us
+        )
 
     def _instance_rows(self, result: DayResult, version: str) -> pa.Table:
         row, count = result.event_row, len(result.event_row)
@@ -75,7 +90,9 @@ class TokenWriter:
 
     def _item_rows(self, result: DayResult, version: str) -> pa.Table:
         assert self.items is not None  # flush reads it first
-        self.items, rows = item_tokens.advance(self.items, self.data.item_id[result.event_row], result.token, result.day)
+        self.items, rows = item_tokens.advance(
+            self.items, self.data.item_id[result.event_row], result.token, result.day
+        )
         count = len(rows.item_id)
         columns = {
             "item_id": rows.item_id,

@@ -1,6 +1,8 @@
-"""Losses beside the main one: a token predicts its user's next request, and logged fields stay decodable from it.
+"""Losses beside the main one: a token predicts its user's next request, and logged fields stay
+decodable from it.
 
-Both are softmax losses against the other rows of the batch; equal values never count as negatives of each other.
+Both are softmax losses against the other rows of the batch; equal values never count as negatives
+of each other.
 Shape legend: K token rows, N rows, D bottleneck, E embedding width, F fields, M numbers.
 """
 
@@ -34,15 +36,21 @@ class SourceLosses(nn.Module):
         self.field_head = nn.Linear(config.bottleneck, config.embedding * len(self.field_slots))
         self.number_head = nn.Linear(config.bottleneck, max(1, len(layout.numbers)))
 
-    def forward(self, model: SourceModel, data: StreamData, batch: SourceBatch, output: SourceOutput) -> Tensor:
+    def forward(
+        self, model: SourceModel, data: StreamData, batch: SourceBatch, output: SourceOutput
+    ) -> Tensor:
         loss = bce(output.logit_Q, batch.label_Q)
         if self.config.next_basket_weight and self.config.order == "user" and self.item_slots:
-            loss = loss + self.config.next_basket_weight * self.next_request(model, data, batch, output)
+            loss = loss + self.config.next_basket_weight * self.next_request(
+                model, data, batch, output
+            )
         if self.config.decode_weight:
             loss = loss + self.config.decode_weight * self.decode(model, batch, output)
         return loss
 
-    def next_request(self, model: SourceModel, data: StreamData, batch: SourceBatch, output: SourceOutput) -> Tensor:
+    def next_request(
+        self, model: SourceModel, data: StreamData, batch: SourceBatch, output: SourceOutput
+    ) -> Tensor:
         """Each token against a random item of its user's next request, field by field."""
         chosen = _some((batch.next_row_K >= 0).nonzero().squeeze(1))
         rows_KF = data.tensors.rows_NS[batch.next_row_K[chosen]][:, self.item_slots]
@@ -55,7 +63,9 @@ class SourceLosses(nn.Module):
         token_KD = output.token_KD[chosen]
         loss = token_KD.new_zeros(())
         if self.field_slots:
-            loss = self._contrast(model, self.field_head(token_KD), batch.rows_NS[own][:, self.field_slots])
+            loss = self._contrast(
+                model, self.field_head(token_KD), batch.rows_NS[own][:, self.field_slots]
+            )
         if batch.numbers_NM.shape[1]:
             wanted_KM = batch.numbers_NM[own].clamp(-10, 10)
             known_KM = ~wanted_KM.isnan()
@@ -64,7 +74,8 @@ class SourceLosses(nn.Module):
         return loss
 
     def _contrast(self, model: SourceModel, guess_KX: Tensor, rows_KF: Tensor) -> Tensor:
-        """Mean over fields and rows of -log softmax(guess . value) among the batch's distinct values."""
+        """Mean over fields and rows of -log softmax(guess . value) among the batch's distinct
+        values."""
         if not len(rows_KF):
             return guess_KX.sum() * 0
         guess_FKE = guess_KX.unflatten(1, (rows_KF.shape[1], -1)).transpose(0, 1)
@@ -74,7 +85,11 @@ class SourceLosses(nn.Module):
         is_same_FKK = rows_FK[:, :, None] == rows_FK[:, None, :]
         itself_KK = torch.eye(len(rows_KF), dtype=torch.bool, device=rows_KF.device)
         logit_FKK = logit_FKK.masked_fill(is_same_FKK & ~itself_KK, float("-inf"))
-        loss_FK = F.cross_entropy(logit_FKK.transpose(1, 2), itself_KK.long().argmax(1).expand(len(rows_FK), -1), reduction="none")
+        loss_FK = F.cross_entropy(
+            logit_FKK.transpose(1, 2),
+            itself_KK.long().argmax(1).expand(len(rows_FK), -1),
+            reduction="none",
+        )
         known_FK = rows_FK > 0
         return (loss_FK * known_FK).sum() / known_FK.sum().clamp(min=1)
 

@@ -1,8 +1,12 @@
-"""Source Instance Transformer: attention over one user's tokens, strictly by time, many users packed.
+"""Source Instance Transformer: attention over one user's tokens, strictly by time, many users
+packed.
 
-Li et al., "IAT: Instance-As-Token Compression", arXiv 2604.08933 (user-order source model); mask and biases are ours.
-visible(i, j) = same unit and (j is a token row and time[j] < time[i], or j == i). A query row (a prediction) is seen by none.
-Shape legend: P packed rows (token rows, then query rows), U units, L longest unit, D width, H heads.
+Li et al., "IAT: Instance-As-Token Compression", arXiv 2604.08933 (user-order source model); mask
+and biases are ours.
+visible(i, j) = same unit and (j is a token row and time[j] < time[i], or j == i). A query row (a
+prediction) is seen by none.
+Shape legend: P packed rows (token rows, then query rows), U units, L longest unit, D width, H
+heads.
 """
 
 from __future__ import annotations
@@ -42,7 +46,9 @@ class SitLayer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.feed_forward = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
         self.gap_bias = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, num_heads))
         self.rank_bias = nn.Parameter(torch.zeros(NUM_RANK_BUCKETS, num_heads))
 
@@ -57,11 +63,14 @@ class SitLayer(nn.Module):
 
 def rank_buckets(rank_gap: Tensor) -> Tensor:
     """Tokens between two rows -> 0 .. 11 by log2."""
-    return torch.log2(1 + rank_gap.clamp(min=0).float()).floor().clamp(max=NUM_RANK_BUCKETS - 1).long()
+    return (
+        torch.log2(1 + rank_gap.clamp(min=0).float()).floor().clamp(max=NUM_RANK_BUCKETS - 1).long()
+    )
 
 
 class _PaddedView:
-    """The plain path: units padded inside the attention alone; keys are token rows and, in a column of its own, the row itself."""
+    """The plain path: units padded inside the attention alone; keys are token rows and, in a
+    column of its own, the row itself."""
 
     def __init__(self, packing: Packing) -> None:
         num_units, length = packing.num_units, packing.max_length
@@ -74,10 +83,14 @@ class _PaddedView:
         time_UL, rank_UL = self._padded(packing.time), self._padded(packing.rank)
         time_UK, rank_UK = time_UL[:, : self.length_K], rank_UL[:, : self.length_K]
         is_token_UK = torch.zeros(num_units * self.length_K, dtype=torch.bool, device=device)
-        is_token_UK = is_token_UK.index_fill(0, self.key_at, True).unflatten(0, (num_units, self.length_K))
+        is_token_UK = is_token_UK.index_fill(0, self.key_at, True).unflatten(
+            0, (num_units, self.length_K)
+        )
         self.hidden_ULK = ~(is_token_UK[:, None, :] & (time_UK[:, None, :] < time_UL[:, :, None]))
         gap_ULK = gap_buckets((time_UL[:, :, None] - time_UK[:, None, :]).float() / 1e6)
-        self.bucket_ULK = gap_ULK * NUM_RANK_BUCKETS + rank_buckets(rank_UL[:, :, None] - rank_UK[:, None, :])
+        self.bucket_ULK = gap_ULK * NUM_RANK_BUCKETS + rank_buckets(
+            rank_UL[:, :, None] - rank_UK[:, None, :]
+        )
 
     def _padded(self, x_P: Tensor) -> Tensor:
         flat = x_P.new_zeros((self.shape[0] * self.shape[1], *x_P.shape[1:]))
@@ -91,7 +104,9 @@ class _PaddedView:
         query_PD, key_PD, value_PD = qkv_PX.chunk(3, dim=-1)
         heads = layer.num_heads
         query_UHLd = _heads(self._padded(query_PD), heads)
-        key_UHKd, value_UHKd = (_heads(self._padded_keys(x[: self.num_tokens]), heads) for x in (key_PD, value_PD))
+        key_UHKd, value_UHKd = (
+            _heads(self._padded_keys(x[: self.num_tokens]), heads) for x in (key_PD, value_PD)
+        )
         scale = query_UHLd.shape[-1] ** -0.5
         table_XH = layer.bias_table().to(query_PD.dtype)
         bias_UHLK = _BiasLookup.apply(table_XH, self.bucket_ULK)
@@ -103,7 +118,9 @@ class _PaddedView:
         read_UHLd = weight[..., :-1] @ value_UHKd
         read_PD = read_UHLd.transpose(1, 2).flatten(2).flatten(0, 1)[self.at_P]
         own_weight_PH = weight[..., -1].transpose(1, 2).flatten(0, 1)[self.at_P]
-        return read_PD + (own_weight_PH[..., None] * value_PD.unflatten(-1, (heads, -1))).flatten(-2)
+        return read_PD + (own_weight_PH[..., None] * value_PD.unflatten(-1, (heads, -1))).flatten(
+            -2
+        )
 
 
 def _heads(x_ULD: Tensor, num_heads: int) -> Tensor:
@@ -111,7 +128,8 @@ def _heads(x_ULD: Tensor, num_heads: int) -> Tensor:
 
 
 class _BiasLookup(torch.autograd.Function):
-    """table_XH at bucket_ULK -> [U, H, L, K]; backward sums by bincount, far faster than an indexed add into few rows."""
+    """table_XH at bucket_ULK -> [U, H, L, K]; backward sums by bincount, far faster than an
+    indexed add into few rows."""
 
     @staticmethod
     def forward(ctx: Any, table_XH: Tensor, bucket_ULK: Tensor) -> Tensor:
@@ -123,12 +141,15 @@ class _BiasLookup(torch.autograd.Function):
     def backward(ctx: Any, grad_UHLK: Tensor) -> tuple[Tensor, None]:
         (bucket_ULK,) = ctx.saved_tensors
         flat = bucket_ULK.flatten()
-        sums = [torch.bincount(flat, g.flatten().float(), ctx.num_buckets) for g in grad_UHLK.unbind(1)]
+        sums = [
+            torch.bincount(flat, g.flatten().float(), ctx.num_buckets) for g in grad_UHLK.unbind(1)
+        ]
         return torch.stack(sums, dim=1).to(grad_UHLK.dtype), None
 
 
 class _FlexView:
-    """The fast path on a GPU: rows stay packed, blocks of other units are skipped (FlexAttention)."""
+    """The fast path on a GPU: rows stay packed, blocks of other units are skipped
+    (FlexAttention)."""
 
     def __init__(self, packing: Packing) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
@@ -146,7 +167,9 @@ class _FlexView:
             return (unit[i] == unit[j]) & ((is_token[j] & (since[j] < since[i])) | (i == j))
 
         num_rows = len(unit)
-        self.block_mask = create_block_mask(visible, None, None, num_rows, num_rows, device=str(unit.device))
+        self.block_mask = create_block_mask(
+            visible, None, None, num_rows, num_rows, device=str(unit.device)
+        )
 
     def attend(self, qkv_PX: Tensor, layer: SitLayer) -> Tensor:
         seconds, rank = self.seconds, self.rank
@@ -165,7 +188,7 @@ class _FlexView:
 _COMPILED: list[object] = []
 
 
-def _flex():  # type: ignore[no-untyped-def]
+def _flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     if not _COMPILED:

@@ -1,8 +1,11 @@
-"""The stage-1 ranker that holds the bottleneck: temporal-order (rows alone) and user-order (with SIT).
+"""The stage-1 ranker that holds the bottleneck: temporal-order (rows alone) and user-order (with
+SIT).
 
 Li et al., "IAT: Instance-As-Token Compression", arXiv 2604.08933; papers' sections 1.3 and 1.4.
-The stored token is the bottleneck vector *before* SIT. Fields known only after the event enter the token beside the
-bottleneck's input and never a row's own prediction: in user order only later rows' losses train them.
+The stored token is the bottleneck vector *before* SIT. Fields known only after the event enter the
+token beside the
+bottleneck's input and never a row's own prediction: in user order only later rows' losses train
+them.
 Shape legend: N rows, K token rows, Q query rows, D bottleneck width.
 """
 
@@ -29,36 +32,57 @@ class SourceOutput(NamedTuple):
 
 
 class SourceModel(nn.Module):
-    """Predicts each query row from its own fields and, in user order, from strictly earlier tokens of its user."""
+    """Predicts each query row from its own fields and, in user order, from strictly earlier tokens
+    of its user."""
 
-    def __init__(self, config: SourceConfig, domain: Domain, vocabulary: Vocabulary, *, seed: int) -> None:
+    def __init__(
+        self, config: SourceConfig, domain: Domain, vocabulary: Vocabulary, *, seed: int
+    ) -> None:
         super().__init__()
         self.config = config
-        request, after = FeatureLayout.of(domain, known="request"), FeatureLayout.of(domain, known="after")
+        request, after = (
+            FeatureLayout.of(domain, known="request"),
+            FeatureLayout.of(domain, known="after"),
+        )
         self.bank = EmbeddingBank(vocabulary, config.embedding, seed=seed, std=config.embedding_std)
         self.encoder = Encoder(config, request)
         self.norm = nn.LayerNorm(self.encoder.width)
         self.compress_in = nn.Linear(self.encoder.width, config.bottleneck)
         self.token_norm = nn.LayerNorm(config.bottleneck, elementwise_affine=False)
         is_user_order = config.order == "user"
-        self.after_fields = FieldVectors(after, [[f.name for f in after.features]], config.embedding)
+        self.after_fields = FieldVectors(
+            after, [[f.name for f in after.features]], config.embedding
+        )
         has_after = is_user_order and self.after_fields.widths[0] > 0
-        self.after_in = _AfterInput(self.after_fields.widths[0], config.bottleneck) if has_after else None
-        self.sit = SourceInstanceTransformer(config.bottleneck, config.sit_layers, config.heads) if is_user_order else None
+        self.after_in = (
+            _AfterInput(self.after_fields.widths[0], config.bottleneck) if has_after else None
+        )
+        self.sit = (
+            SourceInstanceTransformer(config.bottleneck, config.sit_layers, config.heads)
+            if is_user_order
+            else None
+        )
         decoder_in = config.bottleneck * (2 if is_user_order else 1)
-        self.decoder = nn.Sequential(nn.Linear(decoder_in, config.decoder), nn.GELU(), nn.Linear(config.decoder, 1))
+        self.decoder = nn.Sequential(
+            nn.Linear(decoder_in, config.decoder), nn.GELU(), nn.Linear(config.decoder, 1)
+        )
 
     def hidden(self, rows_NS: Tensor, numbers_NM: Tensor) -> Tensor:
         """The bottleneck's linear input, from request-known fields alone; row-wise."""
         return self.compress_in(self.norm(self.encoder(self.bank(rows_NS), rows_NS, numbers_NM)))
 
     def squeeze(self, input_ND: Tensor) -> Tensor:
-        """sigma and the final norm: all tokens on one scale, so that float16 and stale vectors behave."""
+        """sigma and the final norm: all tokens on one scale, so that float16 and stale vectors
+        behave."""
         return self.token_norm(nn.functional.gelu(input_ND))
 
-    def tokens(self, rows_NS: Tensor, numbers_NM: Tensor, after_rows_NS: Tensor, after_numbers_NM: Tensor) -> Tensor:
+    def tokens(
+        self, rows_NS: Tensor, numbers_NM: Tensor, after_rows_NS: Tensor, after_numbers_NM: Tensor
+    ) -> Tensor:
         """[N, D] tokens to store; each depends on its own row only."""
-        return self.squeeze(self.hidden(rows_NS, numbers_NM) + self._after(after_rows_NS, after_numbers_NM))
+        return self.squeeze(
+            self.hidden(rows_NS, numbers_NM) + self._after(after_rows_NS, after_numbers_NM)
+        )
 
     def _after(self, rows_NS: Tensor, numbers_NM: Tensor) -> Tensor | float:
         if self.after_in is None:
@@ -77,8 +101,11 @@ class SourceModel(nn.Module):
         return SourceOutput(self.predict(own_QD, token_KD, batch.packing), token_KD)
 
     def forward_stored(self, batch: SourceBatch, stored_KD: Tensor) -> SourceOutput:
-        """The streaming mode: the same predictions from stored tokens, through which no gradient flows."""
-        own_QD = self.squeeze(self.hidden(batch.rows_NS[batch.query_Q], batch.numbers_NM[batch.query_Q]))
+        """The streaming mode: the same predictions from stored tokens, through which no gradient
+        flows."""
+        own_QD = self.squeeze(
+            self.hidden(batch.rows_NS[batch.query_Q], batch.numbers_NM[batch.query_Q])
+        )
         stored_KD = stored_KD.detach()
         return SourceOutput(self.predict(own_QD, stored_KD, batch.packing), stored_KD)
 

@@ -1,4 +1,5 @@
-"""Compressor versions: a folder with weights, vocabulary and optimiser state, and a row of lineage in Delta."""
+"""Compressor versions: a folder with weights, vocabulary and optimiser state, and a row of lineage
+in Delta."""
 
 from __future__ import annotations
 
@@ -48,30 +49,61 @@ class Version:
 def folder(lake: str, line: str, name: str) -> Path:
     """Where a version's weights are: beside the lake's tables."""
     if "://" in lake:
-        raise InputError(f"compressor weights are kept in a local lake for now; {lake} is an object store: pass a local --lake")
+        raise InputError(
+            f"compressor weights are kept in a local lake for now; {lake} is an object store: pass "
+            f"a local --lake"
+        )
     return Path(lake) / "artifacts" / "compressors" / line / name
 
 
-def save(lake: str, version: Version, trainer: Trainer, vocabulary: Vocabulary, metrics: Mapping[str, Any]) -> Path:
+def save(
+    lake: str,
+    version: Version,
+    trainer: Trainer,
+    vocabulary: Vocabulary,
+    metrics: Mapping[str, Any],
+) -> Path:
     """Weights first, then the row that names them: a killed save leaves no row without weights."""
     place = folder(lake, version.line, version.name)
     tensors = checkpoint.state(trainer.model, trainer.optimizer, trainer.average)
     tensors |= {f"losses.{n}": t for n, t in trainer.losses.state_dict().items()}
     tensors |= {f"vocabulary.{t}": torch.from_numpy(b) for t, b in vocabulary.buckets.items()}
-    checkpoint.save(place, tensors, {"version": asdict(version), "num_steps": trainer.num_steps, "metrics": dict(metrics)})
+    checkpoint.save(
+        place,
+        tensors,
+        {"version": asdict(version), "num_steps": trainer.num_steps, "metrics": dict(metrics)},
+    )
     row = {
-        "compressor_line": version.line, "compressor_version": version.name, "parent_version": version.parent,
-        "domain": version.domain, "order": version.config.order, "protocol": version.protocol,
-        "start": version.start, "end": version.end, "status": "candidate",
-        "width": version.config.bottleneck, "codec": "float16",
-        "config": json.dumps({"source": asdict(version.config), "training": asdict(version.training)}, sort_keys=True),
+        "compressor_line": version.line,
+        "compressor_version": version.name,
+        "parent_version": version.parent,
+        "domain": version.domain,
+        "order": version.config.order,
+        "protocol": version.protocol,
+        "start": version.start,
+        "end": version.end,
+        "status": "candidate",
+        "width": version.config.bottleneck,
+        "codec": "float16",
+        "config": json.dumps(
+            {"source": asdict(version.config), "training": asdict(version.training)}, sort_keys=True
+        ),
         "metrics": json.dumps(dict(metrics), sort_keys=True),
-        "input_versions": json.dumps(dict(version.input_versions), sort_keys=True), "artifact": str(place),
+        "input_versions": json.dumps(dict(version.input_versions), sort_keys=True),
+        "artifact": str(place),
     }
     table = tables.compressor_versions()
     where = "compressor_version = '{}'".format(version.name.replace("'", "''"))
     commit = {"job": "train-compressor", "line": version.line, "version": version.name}
-    delta.replace(lake, table, pa.Table.from_pylist([row], table.schema), None, line=version.line, where=where, commit=commit)
+    delta.replace(
+        lake,
+        table,
+        pa.Table.from_pylist([row], table.schema),
+        None,
+        line=version.line,
+        where=where,
+        commit=commit,
+    )
     return place
 
 
@@ -81,27 +113,44 @@ def find(lake: str, name: str) -> dict[str, Any]:
     matching = [r for r in rows if name in (r["compressor_version"], r["compressor_line"])]
     if not matching:
         known = sorted({r["compressor_version"] for r in rows})
-        raise InputError(f"no compressor version or line called {name!r}; the lake has: {', '.join(known) or 'none'}")
+        raise InputError(
+            f"no compressor version or line called {name!r}; the lake has: "
+            f"{', '.join(known) or 'none'}"
+        )
     return max(matching, key=lambda r: (r["end"], r["compressor_version"]))
 
 
-def load(lake: str, name: str, domain: Domain, device: str, *, newer: Vocabulary | None = None) -> tuple[Trainer, Vocabulary, Version]:
-    """A version ready to predict, write tokens or train on; `newer` adds rows for ids that the version never saw."""
+def load(
+    lake: str, name: str, domain: Domain, device: str, *, newer: Vocabulary | None = None
+) -> tuple[Trainer, Vocabulary, Version]:
+    """A version ready to predict, write tokens or train on; `newer` adds rows for ids that the
+    version never saw."""
     row = find(lake, name)
     if row["domain"] != domain.name:
-        raise InputError(f"version {row['compressor_version']} compresses domain {row['domain']!r}, not {domain.name!r}")
+        raise InputError(
+            f"version {row['compressor_version']} compresses domain {row['domain']!r}, not "
+            f"{domain.name!r}"
+        )
     tensors, meta = checkpoint.load(Path(row["artifact"]))
     held = dict(meta["version"])
     config, training = SourceConfig(**held.pop("config")), TrainingConfig(**held.pop("training"))
-    days = {key: date.fromisoformat(held.pop(key)) for key in ("start", "end")}
-    version = Version(**held, **days, config=config, training=training)
-    old = Vocabulary({n.removeprefix("vocabulary."): t.numpy() for n, t in tensors.items() if n.startswith("vocabulary.")})
+    start, end = (date.fromisoformat(held.pop(key)) for key in ("start", "end"))
+    version = Version(**held, start=start, end=end, config=config, training=training)
+    old = Vocabulary(
+        {
+            n.removeprefix("vocabulary."): t.numpy()
+            for n, t in tensors.items()
+            if n.startswith("vocabulary.")
+        }
+    )
     vocabulary = _union(old, newer) if newer is not None else old
     trainer = Trainer.create(config, training, domain, vocabulary, device)
     rows = _moved_rows(old, vocabulary)
     grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
     checkpoint.restore(grown, trainer.model, trainer.optimizer, trainer.average)
-    trainer.losses.load_state_dict({n.removeprefix("losses."): t for n, t in tensors.items() if n.startswith("losses.")})
+    trainer.losses.load_state_dict(
+        {n.removeprefix("losses."): t for n, t in tensors.items() if n.startswith("losses.")}
+    )
     trainer.num_steps = meta["num_steps"]
     return trainer, vocabulary, version
 
@@ -109,7 +158,12 @@ def load(lake: str, name: str, domain: Domain, device: str, *, newer: Vocabulary
 def _union(old: Vocabulary, newer: Vocabulary) -> Vocabulary:
     names = sorted({*old.buckets, *newer.buckets})
     empty = np.zeros(0, np.int32)
-    return Vocabulary({n: np.union1d(old.buckets.get(n, empty), newer.buckets.get(n, empty)).astype(np.int32) for n in names})
+    return Vocabulary(
+        {
+            n: np.union1d(old.buckets.get(n, empty), newer.buckets.get(n, empty)).astype(np.int32)
+            for n in names
+        }
+    )
 
 
 def _moved_rows(old: Vocabulary, new: Vocabulary) -> torch.Tensor:
@@ -120,9 +174,16 @@ def _moved_rows(old: Vocabulary, new: Vocabulary) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def _grown(name: str, tensor: torch.Tensor, trainer: Trainer, rows: torch.Tensor, old: Vocabulary) -> torch.Tensor:
-    """Embedding-shaped tensors with rows for new ids: initial values for weights, zeros for optimiser state."""
-    if tensor.dim() != 2 or len(tensor) != old.num_rows or not name.startswith(("model.bank.", "average.", "optimizer.")):
+def _grown(
+    name: str, tensor: torch.Tensor, trainer: Trainer, rows: torch.Tensor, old: Vocabulary
+) -> torch.Tensor:
+    """Embedding-shaped tensors with rows for new ids: initial values for weights, zeros for
+    optimiser state."""
+    if (
+        tensor.dim() != 2
+        or len(tensor) != old.num_rows
+        or not name.startswith(("model.bank.", "average.", "optimizer."))
+    ):
         return tensor
     initial = trainer.model.bank.table.weight.detach().cpu().clone()
     if tensor.shape[1] != initial.shape[1]:

@@ -1,6 +1,8 @@
-"""Walk the days: predict with yesterday's weights, train on the day, write the day's tokens once (DESIGN 5.5).
+"""Walk the days: predict with yesterday's weights, train on the day, write the day's tokens once
+(DESIGN 5.5).
 
-`walk` is the streaming protocol. `fit` is the frozen one: all given days, forward then reversed in turn, nothing later.
+`walk` is the streaming protocol. `fit` is the frozen one: all given days, forward then reversed in
+turn, nothing later.
 Both end in the same place: averaged weights, which predict and write tokens.
 """
 
@@ -29,7 +31,8 @@ PREDICT_UNITS = 256
 
 
 class DayResult(NamedTuple):
-    """What one day of the walk leaves: predictions of its rows (before training on them), tokens of its events."""
+    """What one day of the walk leaves: predictions of its rows (before training on them), tokens
+    of its events."""
 
     day: int
     row: Int64s
@@ -51,14 +54,26 @@ class Trainer:
     num_steps: int = 0
 
     @classmethod
-    def create(cls, config: SourceConfig, training: TrainingConfig, domain: Domain, vocabulary: Vocabulary, device: torch.device | str) -> Trainer:
+    def create(
+        cls,
+        config: SourceConfig,
+        training: TrainingConfig,
+        domain: Domain,
+        vocabulary: Vocabulary,
+        device: torch.device | str,
+    ) -> Trainer:
         torch.manual_seed(training.seed)
         model = SourceModel(config, domain, vocabulary, seed=training.seed).to(device)
         losses = SourceLosses(config, domain).to(device)
         rate = training.learning_rate
         bank = list(model.bank.parameters())
-        rest = [p for n, p in model.named_parameters() if not n.startswith("bank.")] + list(losses.parameters())
-        groups = [{"params": rest, "lr": rate}, {"params": bank, "lr": rate * training.embedding_factor}]
+        rest = [p for n, p in model.named_parameters() if not n.startswith("bank.")] + list(
+            losses.parameters()
+        )
+        groups = [
+            {"params": rest, "lr": rate},
+            {"params": bank, "lr": rate * training.embedding_factor},
+        ]
         optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
         return cls(model, losses, optimizer, WeightAverage(model, training.average), training)
 
@@ -67,20 +82,35 @@ class Trainer:
         """Past events that a unit brings along: none where rows are predicted alone."""
         return self.model.config.context if self.model.sit is not None else 0
 
-    def train_on(self, data: StreamData, units: list[Tensor], known_before_us: list[int], generator: torch.Generator) -> float:
+    def train_on(
+        self,
+        data: StreamData,
+        units: list[Tensor],
+        known_before_us: list[int],
+        generator: torch.Generator,
+    ) -> float:
         """Train on groups of units in their order; returns the mean loss."""
         context = self.context
 
         def batches() -> Iterator[SourceBatch]:
             for group, known in zip(units, known_before_us, strict=True):
-                yield make_batch(data, group, context=context, known_before_us=known, generator=generator)
+                yield make_batch(
+                    data, group, context=context, known_before_us=known, generator=generator
+                )
 
         def loss_of(batch: SourceBatch) -> Tensor:
             return self.losses(self.model, data, batch, self.model(batch))
 
         both = nn.ModuleList([self.model, self.losses])
         total = torch.zeros((), device=data.tensors.time_N.device)
-        for _step, loss in train(both, batches(), loss_of, self.optimizer, average=self.average, max_norm=self.training.max_norm):
+        for _step, loss in train(
+            both,
+            batches(),
+            loss_of,
+            self.optimizer,
+            average=self.average,
+            max_norm=self.training.max_norm,
+        ):
             total += loss
             self.num_steps += 1
         return float(total) / max(1, len(units))
@@ -92,7 +122,9 @@ class Trainer:
         rows, scores = [], []
         with self.average:
             for start in range(0, len(units), PREDICT_UNITS):
-                group = torch.from_numpy(units[start : start + PREDICT_UNITS]).to(data.tensors.time_N.device)
+                group = torch.from_numpy(units[start : start + PREDICT_UNITS]).to(
+                    data.tensors.time_N.device
+                )
                 batch = make_batch(data, group, context=self.context, known_before_us=0)
                 rows.append(batch.row_N[batch.query_Q].cpu().numpy())
                 scores.append(self.model(batch).logit_Q.float().cpu().numpy())
@@ -108,7 +140,9 @@ class Trainer:
         with self.average:
             for start in range(0, len(rows), TOKEN_ROWS):
                 at = torch.from_numpy(rows[start : start + TOKEN_ROWS]).to(t.time_N.device)
-                token_ND = self.model.tokens(t.rows_NS[at], t.numbers_NM[at], t.after_rows_NS[at], t.after_numbers_NM[at])
+                token_ND = self.model.tokens(
+                    t.rows_NS[at], t.numbers_NM[at], t.after_rows_NS[at], t.after_numbers_NM[at]
+                )
                 found.append(token_ND.half().cpu().numpy())
         width = self.model.config.bottleneck
         return np.concatenate(found) if found else np.zeros((0, width), np.float16)
@@ -127,7 +161,8 @@ def walk(
 
     Rows that are not `kept` are predicted and get tokens, and are never trained on.
 
-    Replay draws uniformly from the user-days in [first_day, day) (default: the first of `days`); a replayed row reads
+    Replay draws uniformly from the user-days in [first_day, day) (default: the first of `days`); a
+    replayed row reads
     labels known by the end of the walked day, and nothing of a later day.
     """
     training, device = trainer.training, data.tensors.time_N.device
@@ -143,22 +178,41 @@ def walk(
         trained = all_units[(unit_day == day) & is_kept] if is_training else today[:0]
         earlier = all_units[(unit_day < day) & (unit_day >= (first_day or 0)) & is_kept]
         num_replayed = round(len(trained) * training.replay) if len(earlier) else 0
-        replayed = earlier[random.integers(0, len(earlier), num_replayed)] if num_replayed else earlier[:0]
+        replayed = (
+            earlier[random.integers(0, len(earlier), num_replayed)] if num_replayed else earlier[:0]
+        )
         known_us = (day + 1) * DAY_US
-        groups = _groups(random.permutation(trained), training.batch_units) + _groups(replayed, training.batch_units)
+        groups = _groups(random.permutation(trained), training.batch_units) + _groups(
+            replayed, training.batch_units
+        )
         units = [torch.from_numpy(g).to(device) for g in groups]
-        loss = trainer.train_on(data, units, [known_us] * len(units), generator) if units else float("nan")
-        event_row = np.concatenate([np.arange(b, e) for b, e in today]) if len(today) else np.zeros(0, np.int64)
+        loss = (
+            trainer.train_on(data, units, [known_us] * len(units), generator)
+            if units
+            else float("nan")
+        )
+        event_row = (
+            np.concatenate([np.arange(b, e) for b, e in today])
+            if len(today)
+            else np.zeros(0, np.int64)
+        )
         event_row = event_row[data.is_event[event_row]]
         yield DayResult(day, row, score, event_row, trainer.tokens(data, event_row), loss)
 
 
 def fit(
-    trainer: Trainer, data: StreamData, days: range, *, max_rows: int = 256, kept: npt.NDArray[np.bool_] | None = None
+    trainer: Trainer,
+    data: StreamData,
+    days: range,
+    *,
+    max_rows: int = 256,
+    kept: npt.NDArray[np.bool_] | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Frozen protocol: `epochs` passes over users' whole pasts in `days`, forward then reversed; yields (epoch, loss).
+    """Frozen protocol: `epochs` passes over users' whole pasts in `days`, forward then reversed;
+    yields (epoch, loss).
 
-    Learning rate falls linearly to a tenth over the passes. Labels not known by the end of `days` stay unknown.
+    Learning rate falls linearly to a tenth over the passes. Labels not known by the end of `days`
+    stay unknown.
     """
     training, device = trainer.training, data.tensors.time_N.device
     units = data.user_units(days.start, days.stop, max_rows)
@@ -170,10 +224,14 @@ def fit(
         order = order[::-1] if epoch % 2 else order
         for group, rate in zip(trainer.optimizer.param_groups, base, strict=True):
             group["lr"] = rate * (1 - 0.9 * epoch / max(1, training.epochs))
-        groups = [torch.from_numpy(g).to(device) for g in _groups(units[order], training.batch_units)]
+        groups = [
+            torch.from_numpy(g).to(device) for g in _groups(units[order], training.batch_units)
+        ]
         generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + epoch)
         yield epoch, trainer.train_on(data, groups, [days.stop * DAY_US] * len(groups), generator)
 
 
 def _groups(units: Int64s, size: int) -> list[Int64s]:
-    return [np.ascontiguousarray(units[start : start + size]) for start in range(0, len(units), size)]
+    return [
+        np.ascontiguousarray(units[start : start + size]) for start in range(0, len(units), size)
+    ]

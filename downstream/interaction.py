@@ -104,7 +104,8 @@ class SequenceRanker(nn.Module):
             )
             widths["branch"] = config.width
         self.interaction = Interaction(config, widths)
-        # A short way to the logit for what is already a good feature (Wide & Deep, arXiv 1606.07792).
+        # A short way to the logit for what is already a good feature (Wide & Deep, arXiv
+        # 1606.07792).
         self.wide = nn.Linear(widths["cross"], 1) if "cross" in widths else None
 
     def encode_request(self, batch: RankerBatch) -> RequestState:

@@ -19,17 +19,25 @@ import tyro
 from pipelines.errors import CheckFailedError, InputError, RetryableError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "quickstart": ("jobs.quickstart", "the whole chain on a real log: what instance tokens add to a strong ranker"),
     "init": ("jobs.init", "draft a domain file from a Parquet, CSV or Delta source"),
-    "build-instances": ("jobs.build_instances", "raw events -> instances, with quarantine and sampled negatives (Spark)"),
-    "build-streams": ("jobs.build_streams", "instances -> temporal-order and user-order streams, histories (Spark)"),
-    "build-samples": ("jobs.build_samples", "instances -> ranker samples: pointers, never copies (Spark)"),
-    "train-compressor": ("jobs.train_compressor", "train a source model; streaming: walk the days and write their tokens"),
+    "train-compressor": (
+        "jobs.train_compressor",
+        "train a source model; streaming: walk the days and write their tokens",
+    ),
     "write-tokens": ("jobs.write_tokens", "tokens of some days by a trained version"),
     "fetch": ("jobs.fetch", "a user's newest tokens strictly before a moment"),
-    "train-ranker": ("jobs.train_ranker", "train and predict one arm of a ranker over fetched tokens"),
-    "evaluate": ("jobs.evaluate", "AUC, GAUC, log loss and normalised entropy of predictions, with intervals"),
-    "verify": ("jobs.verify", "leak proof: an SQL oracle, a disturbed future, fair negatives; signed report"),
+    "train-ranker": (
+        "jobs.train_ranker",
+        "train and predict one arm of a ranker over fetched tokens",
+    ),
+    "evaluate": (
+        "jobs.evaluate",
+        "AUC, GAUC, log loss and normalised entropy of predictions, with intervals",
+    ),
+    "verify": (
+        "jobs.verify",
+        "leak proof: an SQL oracle, a disturbed future, fair negatives; signed report",
+    ),
 }
 USAGE = """usage: iat COMMAND [flags]      iat COMMAND --help for the flags of one
 
@@ -37,9 +45,12 @@ USAGE = """usage: iat COMMAND [flags]      iat COMMAND --help for the flags of o
 
 Days are UTC and half open: --start DAY --end DAY. --domain takes a name ({domains}) or a FILE.toml.
 --json FILE writes what was printed for people as JSON. Logs go to stderr.
-Exit codes: 0 done, 1 a check failed, 2 wrong input (one clear message), 3 a fault worth retrying."""
+Exit codes: 0 done, 1 a check failed, 2 wrong input (one clear message), 3 a fault worth
+retrying."""
 
-JSON_HELP = "Every command also takes --json FILE: what it printed for people, as JSON with stable keys."
+JSON_HELP = (
+    "Every command also takes --json FILE: what it printed for people, as JSON with stable keys."
+)
 
 DONE, CHECK_FAILED, WRONG_INPUT, RETRY = 0, 1, 2, 3
 
@@ -58,13 +69,20 @@ def run(argv: list[str]) -> int:
     if name not in COMMANDS:
         from pipelines.domain import suggest
 
-        return _refuse(f"no command called {name!r}{suggest(name, list(COMMANDS))}; `iat --help` lists them")
+        return _refuse(
+            f"no command called {name!r}{suggest(name, list(COMMANDS))}; `iat --help` lists them"
+        )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
         module = importlib.import_module(COMMANDS[name][0])
         flags, target = _json_flag(flags)
         # Values are checked while they are parsed, so parsing is inside the block.
-        args = tyro.cli(module.Args, prog=f"iat {name}", description=f"{module.Args.__doc__}\n\n{JSON_HELP}", args=flags)
+        args = tyro.cli(
+            module.Args,
+            prog=f"iat {name}",
+            description=f"{module.Args.__doc__}\n\n{JSON_HELP}",
+            args=flags,
+        )
         write_json(target, module.main(args))
     except InputError as error:
         return _refuse(str(error))
@@ -96,7 +114,9 @@ def _target(name: str) -> Path:
     """Refused before the work, not after it, where its folder does not exist."""
     path = Path(name)
     if not path.absolute().parent.is_dir():
-        raise InputError(f"--json {name}: there is no folder {path.absolute().parent}; make it first")
+        raise InputError(
+            f"--json {name}: there is no folder {path.absolute().parent}; make it first"
+        )
     return path
 
 
@@ -127,11 +147,14 @@ def _plain(value: Any) -> Any:
 def _os_error(name: str, error: OSError) -> int:
     if error.errno == errno.ENOSPC:
         sys.stderr.write(
-            f"iat {name}: no space left on the disk ({error.filename or 'the lake'}). Nothing was half-written: "
+            f"iat {name}: no space left on the disk ({error.filename or 'the lake'}). Nothing was "
+            f"half-written: "
             "free some space and run the same command again.\n"
         )
         return RETRY
-    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(
+        error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
+    ):
         return _refuse(f"{error.strerror}: {error.filename}")
     traceback.print_exc()
     return RETRY

@@ -1,6 +1,8 @@
-"""Arms over the same samples: what instance tokens add to a strong ranker, with the controls that make it honest.
+"""Arms over the same samples: what instance tokens add to a strong ranker, with the controls that
+make it honest.
 
-FINDINGS of the design: rules of evidence. Every arm but "no history" holds match features over the whole past and a
+FINDINGS of the design: rules of evidence. Every arm but "no history" holds match features over the
+whole past and a
 sequence with target attention; untrained and shuffled tokens stand beside trained ones.
 """
 
@@ -17,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from compressor import data as streams
-from compressor.configs import SourceConfig, TrainingConfig
+from compressor.configs import Order, SourceConfig, TrainingConfig
 from compressor.data import DAY_US, StreamData
 from compressor.item_tokens import item_token_days
 from compressor.nn.embedding import Vocabulary
@@ -76,7 +78,7 @@ class Line:
     """How a compressor line of the comparison is made."""
 
     name: str
-    order: str
+    order: Order
     is_trained: bool = True
     is_all_users: bool = False
 
@@ -105,16 +107,27 @@ class Predictions:
 
 
 def run_arm(
-    chosen: Arm, data: RankerData, ranker: str, config: RankerConfig, training: RankerTraining, days: range, *, test_from: int | None = None
+    chosen: Arm,
+    data: RankerData,
+    ranker: str,
+    config: RankerConfig,
+    training: RankerTraining,
+    days: range,
+    *,
+    test_from: int | None = None,
 ) -> Predictions:
-    """Train and predict one arm: streaming over `days`, or frozen (fit before `test_from`, predict the rest)."""
+    """Train and predict one arm: streaming over `days`, or frozen (fit before `test_from`, predict
+    the rest)."""
     started = time.perf_counter()
     if chosen.is_shuffled:
         data = data.with_store(with_shuffled_tokens(data.store, training.seed))
     trainer = RankerTrainer.create(ranker, arm(chosen.parts, config), training, data)
     if test_from is None:
         results = list(walk_ranker(trainer, data, days))
-        sample, score = np.concatenate([r.sample for r in results]), np.concatenate([r.score for r in results])
+        sample, score = (
+            np.concatenate([r.sample for r in results]),
+            np.concatenate([r.score for r in results]),
+        )
     else:
         for _ in fit_ranker(trainer, data, range(days.start, test_from)):
             pass
@@ -124,7 +137,8 @@ def run_arm(
 
 @dataclass(frozen=True, slots=True)
 class LineResult:
-    """A line's tokens of every event of a stream, in (user, time, instance) order, and its item tokens."""
+    """A line's tokens of every event of a stream, in (user, time, instance) order, and its item
+    tokens."""
 
     tokens: LineArrays
     source_auc: float
@@ -169,7 +183,9 @@ def make_line(
     known = ~np.isnan(label)
     source_auc = metrics.auc(label[known], np.concatenate(scores)[known])
     tokens = line_arrays(data, token, domain)
-    return LineResult(tokens, source_auc, time.perf_counter() - started, drift_of(trainer, data, token))
+    return LineResult(
+        tokens, source_auc, time.perf_counter() - started, drift_of(trainer, data, token)
+    )
 
 
 def line_arrays(data: StreamData, token: Array, domain: Domain) -> LineArrays:
@@ -182,14 +198,20 @@ def line_arrays(data: StreamData, token: Array, domain: Domain) -> LineArrays:
     return LineArrays(token, (event_day + 1) * DAY_US + delay_us, found)
 
 
-def drift_of(trainer: Trainer, data: StreamData, token: Array, num_days: int = 12) -> list[tuple[int, float]]:
-    """Cosine of stored tokens against the same events under the last weights, on days spread over the range."""
+def drift_of(
+    trainer: Trainer, data: StreamData, token: Array, num_days: int = 12
+) -> list[tuple[int, float]]:
+    """Cosine of stored tokens against the same events under the last weights, on days spread over
+    the range."""
     event_day = data.day[data.events]
     days = np.unique(event_day)
     found = []
     for day in days[np.linspace(0, len(days) - 1, min(num_days, len(days))).astype(int)]:
         at = np.flatnonzero(event_day == day)[:2000]
-        now, then = trainer.tokens(data, data.events[at]).astype(np.float32), token[at].astype(np.float32)
+        now, then = (
+            trainer.tokens(data, data.events[at]).astype(np.float32),
+            token[at].astype(np.float32),
+        )
         norm = np.linalg.norm(now, axis=1) * np.linalg.norm(then, axis=1)
         found.append((int(day), float(((now * then).sum(1) / np.maximum(norm, 1e-6)).mean())))
     return found
@@ -202,7 +224,9 @@ def store_of(store: IndexStore, line: LineArrays) -> IndexStore:
 
 def restrict(result: LineResult, keep: Array) -> LineResult:
     """The tokens of some events only (a ranker's users); item tokens stay those of all users."""
-    tokens = LineArrays(result.tokens.token[keep], result.tokens.available_us[keep], result.tokens.items)
+    tokens = LineArrays(
+        result.tokens.token[keep], result.tokens.available_us[keep], result.tokens.items
+    )
     return LineResult(tokens, result.source_auc, result.seconds, result.drift)
 
 
@@ -224,17 +248,32 @@ def scores_of(predictions: Predictions, num_samples: int) -> Array:
 
 
 def summarise(
-    arms: Mapping[str, Sequence[Predictions]], data: RankerData, inside: Array, *, bootstraps: int = 200, with_difference: bool = True
+    arms: Mapping[str, Sequence[Predictions]],
+    data: RankerData,
+    inside: Array,
+    *,
+    bootstraps: int = 200,
+    with_difference: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per arm on the window's samples: metrics with intervals over users (mean over seeds), differences to the base over users and seeds."""
-    scores = {name: np.stack([scores_of(p, len(data)) for p in found]) for name, found in arms.items()}
+    """One row per arm on the window's samples: metrics with intervals over users (mean over
+    seeds), differences to the base over users and seeds."""
+    scores = {
+        name: np.stack([scores_of(p, len(data)) for p in found]) for name, found in arms.items()
+    }
     predicted = np.all([~np.isnan(s).any(axis=0) for s in scores.values()], axis=0) & inside
     user, label = data.samples.user_id[predicted], data.samples.label[predicted]
     scores = {name: s[:, predicted] for name, s in scores.items()}
     rows = []
     for name, found in arms.items():
-        by_seed = [metrics.user_bootstrap(user, label, s, WINDOW_METRICS, num=bootstraps) for s in scores[name]]
-        row: dict[str, Any] = {"name": name, "num_rows": int(predicted.sum()), "num_seeds": len(found)}
+        by_seed = [
+            metrics.user_bootstrap(user, label, s, WINDOW_METRICS, num=bootstraps)
+            for s in scores[name]
+        ]
+        row: dict[str, Any] = {
+            "name": name,
+            "num_rows": int(predicted.sum()),
+            "num_seeds": len(found),
+        }
         for metric in WINDOW_METRICS:
             values = [b[metric] for b in by_seed]
             key = {"log_loss": "logloss", "normalised_entropy": "ne"}.get(metric, metric)
@@ -242,10 +281,20 @@ def summarise(
             row[f"{key}_low"] = float(np.mean([v.low for v in values]))
             row[f"{key}_high"] = float(np.mean([v.high for v in values]))
         if with_difference and BASE in scores and name != BASE:
-            for metric, key in (("auc", "diff_auc"), ("gauc", "diff_gauc"), ("log_loss", "diff_logloss")):
-                paired = metrics.paired_difference(user, label, scores[name], scores[BASE], metric, num=bootstraps)
+            for metric, key in (
+                ("auc", "diff_auc"),
+                ("gauc", "diff_gauc"),
+                ("log_loss", "diff_logloss"),
+            ):
+                paired = metrics.paired_difference(
+                    user, label, scores[name], scores[BASE], metric, num=bootstraps
+                )
                 short = "diff" if metric == "auc" else key
-                row[key], row[f"{short}_low"], row[f"{short}_high"] = paired.value, paired.low, paired.high
+                row[key], row[f"{short}_low"], row[f"{short}_high"] = (
+                    paired.value,
+                    paired.low,
+                    paired.high,
+                )
         row["seconds"] = float(np.mean([p.seconds for p in found]))
         row["trained_rows"] = int(np.mean([p.num_rows for p in found]))
         rows.append(row)

@@ -1,4 +1,5 @@
-"""Train a source model on a range of days; in the streaming protocol, walk the days and write each day's tokens once."""
+"""Train a source model on a range of days; in the streaming protocol, walk the days and write each
+day's tokens once."""
 
 from __future__ import annotations
 
@@ -38,9 +39,12 @@ FLUSH_DAYS = 30
 class Args:
     """Train the compressor on a domain's stream.
 
-    streaming: for each day predict it with yesterday's weights, train on it and on replayed earlier days, write its
-    tokens once. A run that was killed goes on at the last day it wrote. frozen: train on all the days, write no token
-    (`iat write-tokens` does), so that a ranker of later days meets a compressor that never saw its labels.
+    streaming: for each day predict it with yesterday's weights, train on it and on replayed
+    earlier days, write its
+    tokens once. A run that was killed goes on at the last day it wrote. frozen: train on all the
+    days, write no token
+    (`iat write-tokens` does), so that a ranker of later days meets a compressor that never saw its
+    labels.
     """
 
     domain: str
@@ -99,30 +103,65 @@ def train(args: Args, domain: Domain) -> dict[str, Any]:
     first = parent["start"] if parent else days.start
     rows = delta.read(args.lake, stream, Days(min(first, days.start), days.end), version=version)
     if not len(rows):
-        raise InputError(f"{stream.name} has no rows in {days}; it holds {found}. Build the streams of these days first")
+        raise InputError(
+            f"{stream.name} has no rows in {days}; it holds {found}. Build the streams of these "
+            f"days first"
+        )
     log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
     vocabulary = streams.vocabulary_of(rows, domain)
-    commit = {"job": "train-compressor", "line": line, "input": stream.name, "input_version": str(version), "seed": str(args.seed)}
+    commit = {
+        "job": "train-compressor",
+        "line": line,
+        "input": stream.name,
+        "input_version": str(version),
+        "seed": str(args.seed),
+    }
     source = SourceConfig(order=args.order)
     training = TrainingConfig(seed=args.seed, epochs=args.epochs)
     if args.dry_run:
-        return {"line": line, "days": str(days), "rows": len(rows), "tokens": 0, "width": source.bottleneck}
+        return {
+            "line": line,
+            "days": str(days),
+            "rows": len(rows),
+            "tokens": 0,
+            "width": source.bottleneck,
+        }
     if parent:
-        trainer, vocabulary, old = versions.load(args.lake, args.parent, domain, device, newer=vocabulary)
+        trainer, vocabulary, old = versions.load(
+            args.lake, args.parent, domain, device, newer=vocabulary
+        )
         source, training, line = old.config, old.training, args.line or old.line
     else:
         trainer = Trainer.create(source, training, domain, vocabulary, device)
     manifest = Version(
-        line=line, name="", parent=parent["compressor_version"] if parent else "", domain=domain.name, protocol=args.protocol,
-        start=first, end=days.end, config=source, training=training, input_versions={stream.name: version},
-        user_share=args.user_share, user_seed=args.user_seed, is_trained=not args.untrained,
+        line=line,
+        name="",
+        parent=parent["compressor_version"] if parent else "",
+        domain=domain.name,
+        protocol=args.protocol,
+        start=first,
+        end=days.end,
+        config=source,
+        training=training,
+        input_versions={stream.name: version},
+        user_share=args.user_share,
+        user_seed=args.user_seed,
+        is_trained=not args.untrained,
     )
     data = streams.load(rows, domain, vocabulary, device)
     if args.protocol == "frozen":
         figures = _frozen(trainer, data, days, args)
         name = f"{line}@{days.end}"
         versions.save(args.lake, replace(manifest, name=name), trainer, vocabulary, figures)
-        return {"line": line, "version": name, "days": str(days), "rows": len(data), "tokens": 0, "width": source.bottleneck, **figures}
+        return {
+            "line": line,
+            "version": name,
+            "days": str(days),
+            "rows": len(data),
+            "tokens": 0,
+            "width": source.bottleneck,
+            **figures,
+        }
     writer = TokenWriter(args.lake, domain, line, data, source.bottleneck, commit)
     return _streaming(trainer, data, days, args, writer, manifest, vocabulary)
 
@@ -138,33 +177,67 @@ def _frozen(trainer: Trainer, data: StreamData, days: Days, args: Args) -> dict[
 
 
 def _streaming(
-    trainer: Trainer, data: StreamData, days: Days, args: Args, writer: TokenWriter, manifest: Version, vocabulary: Vocabulary
+    trainer: Trainer,
+    data: StreamData,
+    days: Days,
+    args: Args,
+    writer: TokenWriter,
+    manifest: Version,
+    vocabulary: Vocabulary,
 ) -> dict[str, Any]:
     results: list[DayResult] = []
     kept = users_kept(data.user_id, args.user_share, args.user_seed)
     bar = tqdm(total=len(days), desc=f"compressor {manifest.line}", unit="day")
     for chunk in days.chunks(FLUSH_DAYS):
-        for result in days_of_walk(trainer, data, chunk, kept=kept, untrained=args.untrained, first_day=day_range(days).start):
+        for result in days_of_walk(
+            trainer,
+            data,
+            chunk,
+            kept=kept,
+            untrained=args.untrained,
+            first_day=day_range(days).start,
+        ):
             writer.add(result)
             results.append(result)
             bar.update()
         writer.flush(chunk)
-        done = replace(manifest, name=f"{manifest.line}@{as_date(day_range(chunk).stop - 1)}", end=chunk.end)
+        done = replace(
+            manifest, name=f"{manifest.line}@{as_date(day_range(chunk).stop - 1)}", end=chunk.end
+        )
         versions.save(args.lake, done, trainer, vocabulary, {})
     bar.close()
     figures = source_metrics(data, results)
     versions.save(args.lake, done, trainer, vocabulary, figures)
     return {
-        "line": manifest.line, "version": done.name, "days": str(days), "rows": len(data), "tokens": writer.num_tokens,
-        "width": manifest.config.bottleneck, **figures,
+        "line": manifest.line,
+        "version": done.name,
+        "days": str(days),
+        "rows": len(data),
+        "tokens": writer.num_tokens,
+        "width": manifest.config.bottleneck,
+        **figures,
     }
 
 
 def days_of_walk(
-    trainer: Trainer, data: StreamData, days: Days, *, kept: np.ndarray[Any, Any], untrained: bool, first_day: int
+    trainer: Trainer,
+    data: StreamData,
+    days: Days,
+    *,
+    kept: np.ndarray[Any, Any],
+    untrained: bool,
+    first_day: int,
 ) -> Iterator[DayResult]:
-    """The walk over `days`, training on the kept users alone; an untrained compressor only predicts and writes."""
-    return walk(trainer, data, list(day_range(days)), first_day=first_day, kept=kept, is_training=not untrained)
+    """The walk over `days`, training on the kept users alone; an untrained compressor only
+    predicts and writes."""
+    return walk(
+        trainer,
+        data,
+        list(day_range(days)),
+        first_day=first_day,
+        kept=kept,
+        is_training=not untrained,
+    )
 
 
 def source_metrics(data: StreamData, results: list[DayResult]) -> dict[str, Any]:
@@ -182,7 +255,10 @@ def stream_days(lake: str, table: tables.Table) -> Days:
     found = sorted(str(p["event_date"]) for p in parts)
     if not found:
         raise InputError(f"{table.name} is empty; build the streams first")
-    return Days(date.fromisoformat(found[0]), date.fromordinal(date.fromisoformat(found[-1]).toordinal() + 1))
+    return Days(
+        date.fromisoformat(found[0]),
+        date.fromordinal(date.fromisoformat(found[-1]).toordinal() + 1),
+    )
 
 
 def day_range(days: Days) -> range:

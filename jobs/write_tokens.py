@@ -1,4 +1,5 @@
-"""Tokens of some days by a trained version: the frozen protocol's second half, and backfills of old days."""
+"""Tokens of some days by a trained version: the frozen protocol's second half, and backfills of
+old days."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 class Args:
     """Write the instance tokens and item tokens of some days with a trained version's weights.
 
-    The days become the whole content of the version's line for them; running it twice leaves the same tables. Item
+    The days become the whole content of the version's line for them; running it twice leaves the
+    same tables. Item
     tokens of a day sum up earlier days: write days in order, or all later ones again.
     """
 
@@ -53,31 +55,61 @@ def main(args: Args) -> dict[str, Any]:
     row = versions.find(args.lake, args.version)
     if row["protocol"] == "streaming":
         raise InputError(
-            f"version {row['compressor_version']} is of a streaming line, whose tokens were written as its days passed; "
+            f"version {row['compressor_version']} is of a streaming line, whose tokens were "
+            f"written as its days passed; "
             "write-tokens is for frozen versions. Train one with --protocol frozen"
         )
     stream = tables.user_order(domain) if row["order"] == "user" else tables.temporal_order(domain)
     found = stream_days(args.lake, stream)
     days = Days(args.start or found.start, args.end or found.end)
-    summary = {"line": row["compressor_line"], "version": row["compressor_version"], "days": str(days), "width": row["width"]}
+    summary = {
+        "line": row["compressor_line"],
+        "version": row["compressor_version"],
+        "days": str(days),
+        "width": row["width"],
+    }
     if args.dry_run:
         log.info("would write tokens of %s with %s", days, row["compressor_version"])
         return {**summary, "tokens": 0}
     with ledger.job(args.lake, "write-tokens", args) as run:
-        trainer, vocabulary, version = versions.load(args.lake, args.version, domain, device_of(args.device))
+        trainer, vocabulary, version = versions.load(
+            args.lake, args.version, domain, device_of(args.device)
+        )
         stream_version = delta.open_table(args.lake, stream).version()
-        commit = {"job": "write-tokens", "version": version.name, "input": stream.name, "input_version": str(stream_version)}
+        commit = {
+            "job": "write-tokens",
+            "version": version.name,
+            "input": stream.name,
+            "input_version": str(stream_version),
+        }
         num_tokens = 0
         writer = None
         for chunk in tqdm(list(days.chunks(FLUSH_DAYS)), desc="tokens", unit="month"):
             rows = delta.read(args.lake, stream, chunk, version=stream_version)
             data = streams.load(rows, domain, vocabulary, device_of(args.device))
             items = writer.items if writer else None
-            writer = TokenWriter(args.lake, domain, version.line, data, version.config.bottleneck, commit, items=items)
+            writer = TokenWriter(
+                args.lake,
+                domain,
+                version.line,
+                data,
+                version.config.bottleneck,
+                commit,
+                items=items,
+            )
             for day in day_range(chunk):
                 event_row = data.events[data.day[data.events] == day]
                 empty = np.zeros(0, np.int64)
-                writer.add(DayResult(day, empty, empty.astype(np.float32), event_row, trainer.tokens(data, event_row), float("nan")))
+                writer.add(
+                    DayResult(
+                        day,
+                        empty,
+                        empty.astype(np.float32),
+                        event_row,
+                        trainer.tokens(data, event_row),
+                        float("nan"),
+                    )
+                )
             writer.flush(chunk, frozen_version=version.name)
             num_tokens += writer.num_tokens
         run.add(rows=num_tokens, num_bytes=num_tokens * 2 * version.config.bottleneck)

@@ -1,1 +1,2 @@
-"""What the data is and how it changes: tables, days, domain files, DataFrame -> DataFrame functions."""
+"""What the data is and how it changes: tables, days, domain files, DataFrame -> DataFrame
+functions."""

@@ -18,7 +18,9 @@ class Days:
 
     def __post_init__(self) -> None:
         if self.end < self.start:
-            raise InputError(f"--end must not be before --start: got start {self.start}, end {self.end}")
+            raise InputError(
+                f"--end must not be before --start: got start {self.start}, end {self.end}"
+            )
 
     def __iter__(self) -> Iterator[date]:
         return (self.start + timedelta(days=n) for n in range(len(self)))

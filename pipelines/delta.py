@@ -33,7 +33,9 @@ def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTabl
     try:
         return DeltaTable(uri(lake, table), version=version)
     except TableNotFoundError as error:
-        raise InputError(f"the lake {lake} has no table {table.name}; run the job that writes it first") from error
+        raise InputError(
+            f"the lake {lake} has no table {table.name}; run the job that writes it first"
+        ) from error
 
 
 def read(
@@ -72,7 +74,8 @@ def replace(
     line: str | None = None,
     where: str | None = None,
 ) -> int:
-    """Make `rows` the whole content of `days` (of one line, or of a predicate `where`). Returns the version.
+    """Make `rows` the whole content of `days` (of one line, or of a predicate `where`). Returns
+    the version.
 
     Running it twice changes nothing.
     """
@@ -91,20 +94,27 @@ def replace(
     for attempt in range(MAX_TRIES):
         try:
             write_deltalake(
-                place, ordered, mode="overwrite", predicate=" AND ".join(clauses) or None, commit_properties=properties,
+                place,
+                ordered,
+                mode="overwrite",
+                predicate=" AND ".join(clauses) or None,
+                commit_properties=properties,
             )
             return DeltaTable(place).version()
         except CommitFailedError as error:
             if attempt + 1 == MAX_TRIES:
-                raise RetryableError(f"another writer kept winning {table.name} {days}: {error}") from error
-            time.sleep(random.uniform(0, 0.1 * 2**attempt))  # noqa: S311
+                raise RetryableError(
+                    f"another writer kept winning {table.name} {days}: {error}"
+                ) from error
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))
         except OSError as error:
             raise RetryableError(f"could not write {table.name} {days}: {error}") from error
     raise AssertionError("unreachable")
 
 
 def _create(where: str, table: Table) -> None:
-    """The empty table first, so that the predicate guards the first write too; losing the race to create it is fine."""
+    """The empty table first, so that the predicate guards the first write too; losing the race to
+    create it is fine."""
     try:
         DeltaTable.create(where, table.schema, mode="error", partition_by=list(table.partition_by))
     except (DeltaError, CommitFailedError):

@@ -1,6 +1,8 @@
-"""A domain file (TOML) -> a validated spec: where the events are, what the columns mean, which features exist.
+"""A domain file (TOML) -> a validated spec: where the events are, what the columns mean, which
+features exist.
 
-Every message names the field, what was needed and what came; a misspelt name suggests the right one.
+Every message names the field, what was needed and what came; a misspelt name suggests the right
+one.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ class Source:
     def __post_init__(self) -> None:
         _one_of("source.format", self.format, Format)
         if bool(self.path) == bool(self.reader):
-            raise InputError("[source] needs either `path` (with `format`) or `reader`; give exactly one")
+            raise InputError(
+                "[source] needs either `path` (with `format`) or `reader`; give exactly one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,7 +83,9 @@ class Label:
     def __post_init__(self) -> None:
         _check_name("label", self.name)
         if (self.always is None) == (not self.column):
-            raise InputError(f"label {self.name!r} needs either `column` or `always`; give exactly one")
+            raise InputError(
+                f"label {self.name!r} needs either `column` or `always`; give exactly one"
+            )
         if self.always not in (None, 0, 1):
             raise InputError(f"label {self.name!r}: `always` must be 0 or 1, got {self.always}")
         duration(self.delay, f"label {self.name!r} delay")
@@ -96,9 +102,11 @@ class Feature:
     """Computed from the event time instead of read from a column."""
     kind: Kind = "category"
     side: Side = "context"
-    """user | item | context (shared by the request) | event (a fact of this user with this item)."""
+    """user | item | context (shared by the request) | event (a fact of this user with this
+    item)."""
     known: Known = "request"
-    """`after`: known only after the event (price paid, watch time): enters the token, never the prediction."""
+    """`after`: known only after the event (price paid, watch time): enters the token, never the
+    prediction."""
     buckets: int = 1 << 16
     table: str = ""
     """Features that name the same table share its embeddings; empty: a table of its own."""
@@ -113,7 +121,12 @@ class Feature:
     def __post_init__(self) -> None:
         _check_name("feature", self.name)
         where = f"feature {self.name!r}"
-        for key, allowed in (("kind", Kind), ("side", Side), ("known", Known), ("transform", Transform)):
+        for key, allowed in (
+            ("kind", Kind),
+            ("side", Side),
+            ("known", Known),
+            ("transform", Transform),
+        ):
             _one_of(f"{where} {key}", getattr(self, key), allowed)
         if self.derive is not None:
             _one_of(f"{where} derive", self.derive, Derive)
@@ -146,14 +159,17 @@ class Feature:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Negatives:
-    """Sampled negatives for a log that holds only positives: same day, not taken by the user that day."""
+    """Sampled negatives for a log that holds only positives: same day, not taken by the user that
+    day."""
 
     per_positive: int = 4
     seed: int = 17
 
     def __post_init__(self) -> None:
         if not 1 <= self.per_positive <= 100:
-            raise InputError(f"negatives.per_positive must be from 1 to 100, got {self.per_positive}")
+            raise InputError(
+                f"negatives.per_positive must be from 1 to 100, got {self.per_positive}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,12 +192,14 @@ class Limits:
 
     max_quarantined_share: float = 0.05
     latest: str = ""
-    """Events at or after this day (YYYY-MM-DD) are from the future; empty: the end of the asked days."""
+    """Events at or after this day (YYYY-MM-DD) are from the future; empty: the end of the asked
+    days."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_quarantined_share <= 1:
             raise InputError(
-                f"limits.max_quarantined_share must be from 0 to 1, got {self.max_quarantined_share}"
+                f"limits.max_quarantined_share must be from 0 to 1, got "
+                f"{self.max_quarantined_share}"
             )
         if self.latest and not _is_day(self.latest):
             raise InputError(
@@ -211,7 +229,10 @@ class Domain:
             raise InputError(f"domain {self.name!r} needs at least one [[label]]")
         if not self.features:
             raise InputError(f"domain {self.name!r} needs at least one [[feature]]")
-        for what, names in (("feature", [f.name for f in self.features]), ("label", [x.name for x in self.labels])):
+        for what, names in (
+            ("feature", [f.name for f in self.features]),
+            ("label", [x.name for x in self.labels]),
+        ):
             for name in names:
                 if names.count(name) > 1:
                     raise InputError(f"domain {self.name!r}: {what} {name!r} is declared twice")
@@ -222,15 +243,18 @@ class Domain:
             first = tables.setdefault(feature.embedding_table, feature)
             if first.buckets != feature.buckets:
                 raise InputError(
-                    f"features {first.name!r} and {feature.name!r} share table {feature.embedding_table!r} "
+                    f"features {first.name!r} and {feature.name!r} share table "
+                    f"{feature.embedding_table!r} "
                     f"but have {first.buckets} and {feature.buckets} buckets; give them the same"
                 )
         if self.negatives:
             for feature in self.features:
                 if feature.side == "event" and feature.known == "request":
                     raise InputError(
-                        f"feature {feature.name!r}: a sampled negative has no value for side = \"event\" at its "
-                        'request; set known = "after" (it then enters tokens only), or side = "item"'
+                        f"feature {feature.name!r}: a sampled negative has no value for side = "
+                        f'"event" at its '
+                        'request; set known = "after" (it then enters tokens only), or side = '
+                        '"item"'
                     )
 
     @property
@@ -243,16 +267,24 @@ class Domain:
         """Every raw column that the domain file names, once, in its order."""
         keys = [self.columns.user, self.columns.item, self.columns.time, self.columns.request]
         labels = [name for label in self.labels for name in (label.column, label.time_column)]
-        return tuple(dict.fromkeys(c for c in [*keys, *labels, *(f.column for f in self.features)] if c))
+        return tuple(
+            dict.fromkeys(c for c in [*keys, *labels, *(f.column for f in self.features)] if c)
+        )
 
     @property
     def side_features(self) -> tuple[Feature, ...]:
-        """The categorical item fields (the item itself too) that a history carries beside its tokens."""
-        return tuple(f for f in self.features if f.kind == "category" and f.side == "item" and f.known == "request")
+        """The categorical item fields (the item itself too) that a history carries beside its
+        tokens."""
+        return tuple(
+            f
+            for f in self.features
+            if f.kind == "category" and f.side == "item" and f.known == "request"
+        )
 
     @property
     def match_features(self) -> tuple[Feature, ...]:
-        """The categorical item fields whose exact matches in the user's past are counted (beside the item)."""
+        """The categorical item fields whose exact matches in the user's past are counted (beside
+        the item)."""
         return tuple(f for f in self.side_features if f.column != self.columns.item)
 
 
@@ -260,7 +292,9 @@ def duration(text: str, where: str) -> timedelta:
     """`30s`, `15m`, `2h` or `7d` as a timedelta."""
     found = DURATION.fullmatch(text)
     if not found:
-        raise InputError(f"{where} must be a whole number with s, m, h or d, such as '30m'; got {text!r}")
+        raise InputError(
+            f"{where} must be a whole number with s, m, h or d, such as '30m'; got {text!r}"
+        )
     return timedelta(seconds=int(found[1]) * SECONDS[found[2]])
 
 
@@ -273,7 +307,11 @@ def _is_day(text: str) -> bool:
 
 def known_domains() -> list[str]:
     """Names of the domain files that come with the toolkit."""
-    return sorted(p.name.removesuffix(".toml") for p in resources.files("pipelines.domains").iterdir() if p.name.endswith(".toml"))
+    return sorted(
+        p.name.removesuffix(".toml")
+        for p in resources.files("pipelines.domains").iterdir()
+        if p.name.endswith(".toml")
+    )
 
 
 def load(name_or_file: str) -> Domain:
@@ -283,7 +321,10 @@ def load(name_or_file: str) -> Domain:
         path = Path(str(resources.files("pipelines.domains") / f"{name_or_file}.toml"))
         if not path.is_file():
             names = known_domains()
-            raise InputError(f"no domain called {name_or_file!r}{suggest(name_or_file, names)}; known: {', '.join(names)}; or give a FILE.toml")
+            raise InputError(
+                f"no domain called {name_or_file!r}{suggest(name_or_file, names)}; known: "
+                f"{', '.join(names)}; or give a FILE.toml"
+            )
     if not path.is_file():
         raise InputError(f"no domain file at {path}; `iat init DATA` drafts one")
     try:
@@ -298,7 +339,17 @@ def load(name_or_file: str) -> Domain:
 
 def parse(raw: Mapping[str, Any], *, folder: Path = Path()) -> Domain:
     """A domain from its TOML content."""
-    known = ["name", "title", "source", "columns", "label", "feature", "negatives", "tokens", "limits"]
+    known = [
+        "name",
+        "title",
+        "source",
+        "columns",
+        "label",
+        "feature",
+        "negatives",
+        "tokens",
+        "limits",
+    ]
     _refuse_unknown("the domain file", raw, known)
     for needed in ("name", "source", "columns", "label", "feature"):
         if needed not in raw:
@@ -310,8 +361,12 @@ def parse(raw: Mapping[str, Any], *, folder: Path = Path()) -> Domain:
         source=_build(Source, raw["source"], "[source]"),
         columns=_build(Columns, raw["columns"], "[columns]"),
         labels=tuple(_build(Label, row, "[[label]]") for row in _rows(raw["label"], "label")),
-        features=tuple(_build(Feature, row, "[[feature]]") for row in _rows(raw["feature"], "feature")),
-        negatives=_build(Negatives, raw["negatives"], "[negatives]") if "negatives" in raw else None,
+        features=tuple(
+            _build(Feature, row, "[[feature]]") for row in _rows(raw["feature"], "feature")
+        ),
+        negatives=_build(Negatives, raw["negatives"], "[negatives]")
+        if "negatives" in raw
+        else None,
         tokens=_build(Publishing, raw.get("tokens", {}), "[tokens]"),
         limits=_build(Limits, raw.get("limits", {}), "[limits]"),
     )
@@ -322,7 +377,10 @@ def check_columns(domain: Domain, found: Sequence[str]) -> None:
     missing = [c for c in domain.raw_columns if c not in found]
     if missing:
         wanted = "; ".join(f"{c!r}{suggest(c, found)}" for c in missing)
-        raise InputError(f"domain {domain.name!r} names columns that the events lack: {wanted}. The events have: {', '.join(found)}")
+        raise InputError(
+            f"domain {domain.name!r} names columns that the events lack: {wanted}. The events "
+            f"have: {', '.join(found)}"
+        )
 
 
 Config = TypeVar("Config")
@@ -338,7 +396,9 @@ def _build(kind: type[Config], raw: Any, where: str) -> Config:
         is_needed = spec.default is MISSING and spec.default_factory is MISSING
         if is_needed and name not in raw:
             raise InputError(f"{label} needs `{name}`, which is missing")
-    values = {name: _typed(f"{label} {name}", str(known[name].type), value) for name, value in raw.items()}
+    values = {
+        name: _typed(f"{label} {name}", str(known[name].type), value) for name, value in raw.items()
+    }
     return kind(**values)
 
 
@@ -349,7 +409,9 @@ def _typed(where: str, kind: str, value: Any) -> Any:
     types = allowed.get(wanted, (str,))
     is_right = isinstance(value, types) and not isinstance(value, bool)
     if not is_right:
-        raise InputError(f"{where} must be of type {wanted if wanted in allowed else 'string'}, got {value!r}")
+        raise InputError(
+            f"{where} must be of type {wanted if wanted in allowed else 'string'}, got {value!r}"
+        )
     return float(value) if wanted == "float" else value
 
 
@@ -362,17 +424,25 @@ def _rows(raw: Any, name: str) -> list[Any]:
 def _refuse_unknown(where: str, raw: Mapping[str, Any], known: Sequence[str]) -> None:
     for name in raw:
         if name not in known:
-            raise InputError(f"{where} has no key {name!r}{suggest(name, known)}; known: {', '.join(known)}")
+            raise InputError(
+                f"{where} has no key {name!r}{suggest(name, known)}; known: {', '.join(known)}"
+            )
 
 
 def _one_of(where: str, value: object, allowed: Any) -> None:
     if value not in get_args(allowed):
-        raise InputError(f"{where} must be one of {', '.join(map(str, get_args(allowed)))}; got {value!r}{suggest(str(value), get_args(allowed))}")
+        raise InputError(
+            f"{where} must be one of {', '.join(map(str, get_args(allowed)))}; got "
+            f"{value!r}{suggest(str(value), get_args(allowed))}"
+        )
 
 
 def _check_name(what: str, name: object) -> None:
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise InputError(f"a {what} name must be lower-case letters, digits and _, starting with a letter; got {name!r}")
+        raise InputError(
+            f"a {what} name must be lower-case letters, digits and _, starting with a letter; got "
+            f"{name!r}"
+        )
 
 
 def suggest(name: str, among: Sequence[str]) -> str:

@@ -4,11 +4,13 @@ from typing import Any
 
 
 class InputError(Exception):
-    """The input or the environment is wrong: says what was needed, what came, what to do. Exit code 2."""
+    """The input or the environment is wrong: says what was needed, what came, what to do. Exit
+    code 2."""
 
 
 class RetryableError(Exception):
-    """A fault that may pass (a lost race, a full disk, a cut connection): worth retrying. Exit code 3."""
+    """A fault that may pass (a lost race, a full disk, a cut connection): worth retrying. Exit
+    code 3."""
 
 
 class CheckFailedError(Exception):

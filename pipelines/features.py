@@ -1,7 +1,10 @@
-"""Features as data: which id slots and number columns a domain's instances have, and stream rows as arrays.
+"""Features as data: which id slots and number columns a domain's instances have, and stream rows
+as arrays.
 
-Every non-number feature owns `width` id slots (1, or max_length for lists), every number one column. An id is
-a bucket: 0 missing, 1 .. buckets-1 a hashed value. Spark writes the buckets; this module only lays them out.
+Every non-number feature owns `width` id slots (1, or max_length for lists), every number one
+column. An id is
+a bucket: 0 missing, 1 .. buckets-1 a hashed value. Spark writes the buckets; this module only lays
+them out.
 """
 
 from __future__ import annotations
@@ -60,17 +63,26 @@ class FeatureLayout:
     @property
     def slot_tables(self) -> list[str]:
         """The embedding table of each slot."""
-        return [f.embedding_table for f in self.categorical for _ in range(f.max_length if f.is_list else 1)]
+        return [
+            f.embedding_table
+            for f in self.categorical
+            for _ in range(f.max_length if f.is_list else 1)
+        ]
 
     @property
     def slot_fields(self) -> list[int]:
         """The categorical field (its index in `categorical`) of each slot."""
-        return [i for i, f in enumerate(self.categorical) for _ in range(f.max_length if f.is_list else 1)]
+        return [
+            i
+            for i, f in enumerate(self.categorical)
+            for _ in range(f.max_length if f.is_list else 1)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureArrays:
-    """ids [n, num_slots] int32 buckets (0: missing) and numbers [n, num_numbers] float32 (NaN: missing)."""
+    """ids [n, num_slots] int32 buckets (0: missing) and numbers [n, num_numbers] float32 (NaN:
+    missing)."""
 
     ids: Ints
     numbers: Floats
@@ -88,7 +100,9 @@ def arrays(rows: pa.Table, layout: FeatureLayout) -> FeatureArrays:
     for feature in layout.categorical:
         slots = layout.slots[feature.name]
         column = rows.column(feature.stream_column).combine_chunks()
-        ids[:, slots] = _padded(column, feature.max_length) if feature.is_list else _ints(column)[:, None]
+        ids[:, slots] = (
+            _padded(column, feature.max_length) if feature.is_list else _ints(column)[:, None]
+        )
     numbers = np.full((len(rows), len(layout.numbers)), np.nan, np.float32)
     for i, feature in enumerate(layout.numbers):
         numbers[:, i] = rows.column(feature.stream_column).to_numpy()
@@ -101,7 +115,9 @@ def _ints(column: pa.Array) -> Ints:
 
 def _padded(column: pa.Array, width: int) -> Ints:
     """Lists as a zero-padded matrix; lists longer than `width` keep their last values."""
-    lengths = np.asarray(pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False), np.int64)
+    lengths = np.asarray(
+        pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False), np.int64
+    )
     values = _ints(pc.list_flatten(column))
     ends = np.cumsum(lengths)
     kept = np.minimum(lengths, width)
@@ -122,4 +138,6 @@ NEVER_US = 2**62
 
 
 def concat(parts: Sequence[FeatureArrays]) -> FeatureArrays:
-    return FeatureArrays(np.concatenate([p.ids for p in parts]), np.concatenate([p.numbers for p in parts]))
+    return FeatureArrays(
+        np.concatenate([p.ids for p in parts]), np.concatenate([p.numbers for p in parts])
+    )

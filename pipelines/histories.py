@@ -12,6 +12,7 @@ from pipelines.user_order import NUM_BUCKETS, with_bucket
 def histories(
     model_ready: DataFrame, domain: Domain, *, num_buckets: int = NUM_BUCKETS
 ) -> DataFrame:
-    """The real events among the model-ready rows, never a sampled one, in the user-order stream's order."""
+    """The real events among the model-ready rows, never a sampled one, in the user-order stream's
+    order."""
     real = with_bucket(model_ready.where("not is_sampled"), num_buckets)
     return real.select(*tables.histories(domain).schema.names)

@@ -35,10 +35,13 @@ def instances(
 
 
 def checked(events: DataFrame, domain: Domain, days: Days) -> DataFrame:
-    """Every event of `days` as an instance, with the first rule it breaks (null: none) and then its raw row.
+    """Every event of `days` as an instance, with the first rule it breaks (null: none) and then
+    its raw row.
 
-    Rules: null_user, null_item, bad_time, future (at or after limits.latest), bad_label:NAME (not 0 or
-    1, or no number), bad_label_time:NAME, label_before_event:NAME, bad_number:NAME, not_finite:NAME,
+    Rules: null_user, null_item, bad_time, future (at or after limits.latest), bad_label:NAME (not
+    0 or
+    1, or no number), bad_label_time:NAME, label_before_event:NAME, bad_number:NAME,
+    not_finite:NAME,
     duplicate (same user, item, request and time: one is kept, whatever the order of the log).
     Events whose time is no time or in the future belong to no day: they stand under `days.start`.
     Errors: InputError if a column is missing or of a type that cannot serve.
@@ -81,7 +84,8 @@ def rejected(rows: DataFrame, *, run: str) -> DataFrame:
 
 
 def extent(events: DataFrame, domain: Domain) -> DataFrame:
-    """One row: first_day and last_day of the log, num_events, and num_unplaced (no time, or in the future)."""
+    """One row: first_day and last_day of the log, num_events, and num_unplaced (no time, or in the
+    future)."""
     check_columns(domain, events.columns)
     raw = _Raw(events, domain)
     day = _day(domain)
@@ -107,11 +111,14 @@ def instance_id(
 def _day(domain: Domain) -> Column:
     """The day an event belongs to; null if it has no time or one in the future."""
     day = F.to_date("event_time")
-    return F.when(day < F.lit(domain.limits.latest).cast("date"), day) if domain.limits.latest else day
+    return (
+        F.when(day < F.lit(domain.limits.latest).cast("date"), day) if domain.limits.latest else day
+    )
 
 
 class _Raw:
-    """The raw row as one struct column `raw` (its names never meet ours), and what is read from it."""
+    """The raw row as one struct column `raw` (its names never meet ours), and what is read from
+    it."""
 
     def __init__(self, events: DataFrame, domain: Domain) -> None:
         self.domain = domain
@@ -137,7 +144,9 @@ class _Raw:
     def _given(self, name: str) -> Column:
         """Whether the raw value is there at all (an empty string is not)."""
         value, kind = self._of(name)
-        return value.isNotNull() & (F.trim(value) != "" if kind.typeName() == "string" else F.lit(True))
+        return value.isNotNull() & (
+            F.trim(value) != "" if kind.typeName() == "string" else F.lit(True)
+        )
 
     def fingerprint(self) -> Column:
         """A hash of the whole raw row (maps cannot be hashed), that a null cannot shift."""

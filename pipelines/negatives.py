@@ -1,6 +1,8 @@
-"""Sampled negatives for logs that hold only positives: what others took the same day and this user did not.
+"""Sampled negatives for logs that hold only positives: what others took the same day and this user
+did not.
 
-Drawn from the day in which a model predicts, never from a longer slice: a model that remembers items
+Drawn from the day in which a model predicts, never from a longer slice: a model that remembers
+items
 would know that a later purchase of the same week has not happened yet (FINDINGS.md, section 1.1).
 """
 
@@ -19,16 +21,21 @@ from pipelines.instances import instance_id
 def with_negatives(
     real: DataFrame, domain: Domain, *, pool: Literal["day", "week"] = "day"
 ) -> DataFrame:
-    """The instances, and beside each positive of the main task up to `per_positive` sampled negatives.
+    """The instances, and beside each positive of the main task up to `per_positive` sampled
+    negatives.
 
     The events of a day are shuffled by a hash of (seed, instance_id); a positive's draws are its
     successors in that order (at its end, its predecessors), so that over a day each event is drawn
-    equally often and an item as often as it was taken. A draw is passed over if the user took its item
-    that day or an earlier draw has it; of 2 x reach(per_positive) draws the first fit ones are kept,
-    so a day with too few other items gives fewer. What a day gives depends on that day's events alone,
+    equally often and an item as often as it was taken. A draw is passed over if the user took its
+    item
+    that day or an earlier draw has it; of 2 x reach(per_positive) draws the first fit ones are
+    kept,
+    so a day with too few other items gives fewer. What a day gives depends on that day's events
+    alone,
     and the work grows with the number of events, however many fall on a day.
 
-    A negative is the request of its positive with the drawn event's item: item-side features are those
+    A negative is the request of its positive with the drawn event's item: item-side features are
+    those
     of that event, `after` ones are missing, the main label is 0 and known when the positive's is,
     other labels are unknown.
 
@@ -37,7 +44,9 @@ def with_negatives(
     if domain.negatives is None:
         return real
     per_positive, seed = domain.negatives.per_positive, domain.negatives.seed
-    period = F.col("event_date") if pool == "day" else F.date_trunc("week", "event_date").cast("date")
+    period = (
+        F.col("event_date") if pool == "day" else F.date_trunc("week", "event_date").cast("date")
+    )
     of_period = Window.partitionBy("period")
     shuffled = of_period.orderBy("rank", "instance_id")
     reach = num_draws(per_positive)
@@ -52,8 +61,10 @@ def with_negatives(
         F.collect_list("drawn").over(shuffled.rowsBetween(1, reach)).alias("next"),
         F.collect_list("drawn").over(shuffled.rowsBetween(-reach, -1)).alias("previous"),
     ).withColumn("draws", F.concat("next", F.reverse("previous")))
+    items = F.col("draws").getField("item_id")
+    drawn = drawn.withColumn("items", items).withColumn("fit", F.array_except("items", "taken"))
     is_positive = F.col(f"label_{domain.label.name}") == 1
-    fit = F.when(is_positive, F.slice(F.filter("draws", _is_fit), 1, per_positive))
+    fit = F.when(is_positive, F.transform(F.slice("fit", 1, per_positive), _first_draw))
     own = F.array(F.lit(None).cast(marked.schema["drawn"].dataType))
     rows = drawn.withColumn("candidate", F.explode(F.concat(own, F.coalesce(fit, F.array()))))
     return rows.select(*_columns(domain))
@@ -64,11 +75,9 @@ def num_draws(per_positive: int) -> int:
     return 2 * per_positive + 4
 
 
-def _is_fit(draw: Column, number: Column) -> Column:
-    """Not taken by the user in the period, and not drawn before."""
-    item = draw.getField("item_id")
-    first = F.array_position(F.col("draws").getField("item_id"), item) - 1
-    return ~F.array_contains("taken", item) & (first == number)
+def _first_draw(item: Column) -> Column:
+    """The first draw of an item that is among the draws."""
+    return F.get("draws", F.array_position("items", item).cast("int") - 1)
 
 
 def _of_item(domain: Domain) -> list[str]:
@@ -77,7 +86,8 @@ def _of_item(domain: Domain) -> list[str]:
 
 
 def _columns(domain: Domain) -> list[Column]:
-    """The instances table's columns: the event's own where `candidate` is null, else a negative's."""
+    """The instances table's columns: the event's own where `candidate` is null, else a
+    negative's."""
     candidate = F.col("candidate")
     is_sampled = candidate.isNotNull()
     item_key, item_id = candidate.getField("item_key"), candidate.getField("item_id")

@@ -1,4 +1,5 @@
-"""Raw columns of whatever type -> text, lists, numbers and times; what cannot be read is null, never an error."""
+"""Raw columns of whatever type -> text, lists, numbers and times; what cannot be read is null,
+never an error."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ EXACT = 2.0**53
 
 
 def text(value: Column, kind: DataType, where: str) -> Column:
-    """The value as its owner would write it: whole floats without `.0`; empty, blank and NaN are null."""
+    """The value as its owner would write it: whole floats without `.0`; empty, blank and NaN are
+    null."""
     if isinstance(kind, ArrayType | StructType) or "map<" in kind.simpleString():
         raise InputError(
             f"{where} needs single values, but its column is {kind.simpleString()}: "
@@ -41,13 +43,16 @@ def text(value: Column, kind: DataType, where: str) -> Column:
         )
     if isinstance(kind, FractionalType) and kind.typeName() in ("float", "double"):
         is_whole = (F.rint(value) == value) & (F.abs(value) < EXACT)
-        written = F.when(is_whole, value.try_cast("bigint").cast("string")).otherwise(value.cast("string"))
+        written = F.when(is_whole, value.try_cast("bigint").cast("string")).otherwise(
+            value.cast("string")
+        )
         return F.when(~F.isnan(value), written)
     return F.when(F.trim(value.cast("string")) != "", value.cast("string"))
 
 
 def list_of(value: Column, kind: DataType, separator: str, where: str) -> Column:
-    """The values of an array, or of a string split at `separator`; trimmed, without empty ones; null if there is none."""
+    """The values of an array, or of a string split at `separator`; trimmed, without empty ones;
+    null if there is none."""
     if isinstance(kind, ArrayType):
         element = kind.elementType
         parts = F.transform(value, lambda each: F.trim(text(each, element, where)))
@@ -92,7 +97,8 @@ def microseconds(text: str) -> int:
 
 
 def _whole(value: Column, kind: DataType, factor: int) -> Column:
-    """value x factor as a bigint, null beyond LAST_US; exact for whole numbers and decimal fractions."""
+    """value x factor as a bigint, null beyond LAST_US; exact for whole numbers and decimal
+    fractions."""
     if isinstance(kind, IntegralType):
         limit = LAST_US // factor
         return F.when(value.between(-limit, limit), value.cast("bigint") * factor)
@@ -108,4 +114,7 @@ def _wrong_unit(kind: DataType, unit: str, where: str) -> InputError:
         fit = 'time_unit = "s", "ms" or "us"'
     else:
         fit = 'time_unit = "timestamp"'
-    return InputError(f'{where}: its column is {kind.simpleString()}, which time_unit = "{unit}" cannot read; set {fit}')
+    return InputError(
+        f'{where}: its column is {kind.simpleString()}, which time_unit = "{unit}" cannot read; '
+        f"set {fit}"
+    )

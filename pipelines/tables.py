@@ -1,6 +1,8 @@
-"""Every Delta table of the lake, declared once: name, Arrow schema, key, partition columns, order inside a file.
+"""Every Delta table of the lake, declared once: name, Arrow schema, key, partition columns, order
+inside a file.
 
-Tables of instances depend on their domain's features and labels, so each is a function of the domain.
+Tables of instances depend on their domain's features and labels, so each is a function of the
+domain.
 """
 
 from __future__ import annotations
@@ -70,38 +72,61 @@ def user_order(domain: Domain) -> Table:
 
 
 def histories(domain: Domain) -> Table:
-    """Keys and side information of real events (never sampled negatives), user-major within the day.
+    """Keys and side information of real events (never sampled negatives), user-major within the
+    day.
 
     Side information: the categorical item fields' hashed values, every label with its label_time.
     """
-    columns = [*KEYS[:5], ("user_bucket", pa.int32()), *_features(domain.side_features), *_labels(domain)]
+    columns = [
+        *KEYS[:5],
+        ("user_bucket", pa.int32()),
+        *_features(domain.side_features),
+        *_labels(domain),
+    ]
     return _daily(f"histories/{domain.name}", columns, key=("instance_id",), sort_by=USER_MAJOR)
 
 
 def ranker_samples(domain: Domain) -> Table:
-    """One (request, candidate): user, as_of, target features known at the request, labels. A pointer, never a history."""
+    """One (request, candidate): user, as_of, target features known at the request, labels. A
+    pointer, never a history."""
     at_request = tuple(f for f in domain.features if f.known == "request")
     columns = [
-        *KEYS[:4], ("as_of", UTC_TIME), ("is_sampled", pa.bool_()), *_features(at_request), *_labels(domain),
+        *KEYS[:4],
+        ("as_of", UTC_TIME),
+        ("is_sampled", pa.bool_()),
+        *_features(at_request),
+        *_labels(domain),
     ]
-    return _daily(f"ranker_samples/{domain.name}", columns, key=("instance_id",), sort_by=("as_of", "request_id", "instance_id"))
+    return _daily(
+        f"ranker_samples/{domain.name}",
+        columns,
+        key=("instance_id",),
+        sort_by=("as_of", "request_id", "instance_id"),
+    )
 
 
 def instance_tokens(domain_name: str) -> Table:
     """One token of one real event, written once per compressor line; bytes as the codec says."""
     columns = [
-        *KEYS[:3], KEYS[4],
+        *KEYS[:3],
+        KEYS[4],
         ("user_bucket", pa.int32()),
         ("compressor_line", pa.string()),
         ("compressor_version", pa.string()),
         ("available_time", UTC_TIME),
         ("token", pa.binary()),
     ]
-    return _by_line(f"instance_tokens/{domain_name}", columns, key=("compressor_line", "instance_id"), sort_by=USER_MAJOR)
+    return _by_line(
+        f"instance_tokens/{domain_name}",
+        columns,
+        key=("compressor_line", "instance_id"),
+        sort_by=USER_MAJOR,
+    )
 
 
 def item_tokens(domain_name: str) -> Table:
-    """One item on one day it occurred: decayed sum of its tokens (float32 x D bytes) and decayed count up to that day."""
+    """One item on one day it occurred: decayed sum of its tokens (float32 x D bytes) and decayed
+    count up to that day."""
     columns = [
         ("item_id", pa.int64()),
         ("compressor_line", pa.string()),
@@ -110,36 +135,80 @@ def item_tokens(domain_name: str) -> Table:
         ("decayed_sum", pa.binary()),
         ("decayed_count", pa.float32()),
     ]
-    return _by_line(f"item_tokens/{domain_name}", columns, key=("compressor_line", "event_date", "item_id"), sort_by=("item_id",))
+    return _by_line(
+        f"item_tokens/{domain_name}",
+        columns,
+        key=("compressor_line", "event_date", "item_id"),
+        sort_by=("item_id",),
+    )
 
 
 def compressor_versions() -> Table:
     """Lineage of every version: parent, days, stream, metrics, status, artifact."""
     columns = [
-        ("compressor_line", pa.string()), ("compressor_version", pa.string()), ("parent_version", pa.string()),
-        ("domain", pa.string()), ("order", pa.string()), ("protocol", pa.string()),
-        ("start", pa.date32()), ("end", pa.date32()), ("status", pa.string()),
-        ("width", pa.int32()), ("codec", pa.string()),
-        ("config", pa.string()), ("metrics", pa.string()), ("input_versions", pa.string()), ("artifact", pa.string()),
+        ("compressor_line", pa.string()),
+        ("compressor_version", pa.string()),
+        ("parent_version", pa.string()),
+        ("domain", pa.string()),
+        ("order", pa.string()),
+        ("protocol", pa.string()),
+        ("start", pa.date32()),
+        ("end", pa.date32()),
+        ("status", pa.string()),
+        ("width", pa.int32()),
+        ("codec", pa.string()),
+        ("config", pa.string()),
+        ("metrics", pa.string()),
+        ("input_versions", pa.string()),
+        ("artifact", pa.string()),
     ]
-    return Table("compressor_versions", pa.schema(columns), ("compressor_line", "compressor_version"), ("compressor_line",))
+    return Table(
+        "compressor_versions",
+        pa.schema(columns),
+        ("compressor_line", "compressor_version"),
+        ("compressor_line",),
+    )
 
 
 def job_reports() -> Table:
     """One row per job run: what it read and wrote, how long it took, on what."""
     columns = [
-        ("run_date", pa.date32()), ("job", pa.string()), ("run", pa.string()), ("started", UTC_TIME),
-        ("wall_s", pa.float64()), ("report", pa.string()),
+        ("run_date", pa.date32()),
+        ("job", pa.string()),
+        ("run", pa.string()),
+        ("started", UTC_TIME),
+        ("wall_s", pa.float64()),
+        ("report", pa.string()),
     ]
     return Table("job_reports", pa.schema(columns), ("run",), ("run_date",))
 
 
-def _daily(name: str, columns: list[tuple[str, pa.DataType]], *, key: tuple[str, ...], sort_by: tuple[str, ...]) -> Table:
-    return Table(name, pa.schema([*columns, ("event_date", pa.date32())]), key, ("event_date",), sort_by)
+def _daily(
+    name: str,
+    columns: list[tuple[str, pa.DataType]],
+    *,
+    key: tuple[str, ...],
+    sort_by: tuple[str, ...],
+) -> Table:
+    return Table(
+        name, pa.schema([*columns, ("event_date", pa.date32())]), key, ("event_date",), sort_by
+    )
 
 
-def _by_line(name: str, columns: list[tuple[str, pa.DataType]], *, key: tuple[str, ...], sort_by: tuple[str, ...]) -> Table:
-    return Table(name, pa.schema([*columns, ("event_date", pa.date32())]), key, ("compressor_line", "event_date"), sort_by)
+def _by_line(
+    name: str,
+    columns: list[tuple[str, pa.DataType]],
+    *,
+    key: tuple[str, ...],
+    sort_by: tuple[str, ...],
+) -> Table:
+    return Table(
+        name,
+        pa.schema([*columns, ("event_date", pa.date32())]),
+        key,
+        ("compressor_line", "event_date"),
+        sort_by,
+    )
 
 
 def _features(features: tuple[Feature, ...]) -> list[tuple[str, pa.DataType]]:
@@ -162,6 +231,7 @@ def _model_ready(feature: Feature) -> pa.DataType:
 def _labels(domain: Domain) -> list[tuple[str, pa.DataType]]:
     """0, 1 or null (unknown), and when each became known."""
     return [
-        column for label in domain.labels
+        column
+        for label in domain.labels
         for column in ((f"label_{label.name}", pa.int8()), (f"label_time_{label.name}", UTC_TIME))
     ]

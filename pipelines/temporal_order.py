@@ -19,9 +19,11 @@ def temporal_order(instances: DataFrame, domain: Domain) -> DataFrame:
 def model_ready(instances: DataFrame, domain: Domain) -> DataFrame:
     """The rows with each readable feature replaced by its bucket(s) or scaled number.
 
-    A bucket is 0 if missing, else pmod(xxhash64(embedding table, \\x1f, value), buckets - 1) + 1: the
+    A bucket is 0 if missing, else pmod(xxhash64(embedding table, \\x1f, value), buckets - 1) + 1:
+    the
     same value in features that share a table is the same bucket. A list is cut to max_length (a
-    sequence keeps its last values), a missing one is empty. A number is (transform(x) - center) / scale.
+    sequence keeps its last values), a missing one is empty. A number is (transform(x) - center) /
+    scale.
     """
     return instances.withColumns({f.stream_column: _model_ready(f) for f in domain.features})
 
@@ -36,13 +38,17 @@ def _model_ready(feature: Feature) -> Column:
     if feature.kind == "sequence":
         start = F.greatest(F.size(value) - feature.max_length + 1, start)
     kept = F.slice(value, start, feature.max_length)
-    return F.coalesce(F.transform(kept, lambda each: _bucket(feature, each)), F.array().cast("array<int>"))
+    return F.coalesce(
+        F.transform(kept, lambda each: _bucket(feature, each)), F.array().cast("array<int>")
+    )
 
 
 def _bucket(feature: Feature, value: Column) -> Column:
     named = F.concat(F.lit(feature.embedding_table + SEPARATOR), value)
     # xxhash64 of null is its seed, not null.
-    return F.when(named.isNotNull(), F.pmod(F.xxhash64(named), F.lit(feature.buckets - 1)) + 1).cast("int")
+    return F.when(
+        named.isNotNull(), F.pmod(F.xxhash64(named), F.lit(feature.buckets - 1)) + 1
+    ).cast("int")
 
 
 def _scaled(feature: Feature, value: Column) -> Column:

@@ -1,4 +1,5 @@
-"""Instances -> the user-order stream: the same rows, a user's together in time order within each day."""
+"""Instances -> the user-order stream: the same rows, a user's together in time order within each
+day."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ NUM_BUCKETS = 16
 def user_order(
     model_ready: DataFrame, domain: Domain, *, num_buckets: int = NUM_BUCKETS
 ) -> DataFrame:
-    """The model-ready rows with user_bucket; the table sorts each day by (user_bucket, user_id, event_time, instance_id).
+    """The model-ready rows with user_bucket; the table sorts each day by (user_bucket, user_id,
+    event_time, instance_id).
 
     As every day has this order, the stream over any days is their merge, bucket by bucket.
     """

@@ -38,8 +38,12 @@ class MultiHeadAttention(nn.Module):
         key_BKD, value_BKD = self.key_value(source_BKD).chunk(2, dim=-1)
         return self.split(key_BKD), self.split(value_BKD)
 
-    def attend(self, query_BQD: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        out_BHQd = F.scaled_dot_product_attention(self.split(self.query(query_BQD)), *keys_values, attn_mask=mask)
+    def attend(
+        self, query_BQD: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor:
+        out_BHQd = F.scaled_dot_product_attention(
+            self.split(self.query(query_BQD)), *keys_values, attn_mask=mask
+        )
         return self.out(out_BHQd.transpose(1, 2).flatten(2))
 
     def forward(self, query_BQD: Tensor, source_BKD: Tensor, mask: Tensor | None) -> Tensor:
@@ -54,7 +58,10 @@ class TransformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = MultiHeadAttention(width, num_heads)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, expansion * width), nn.GELU(), nn.Linear(expansion * width, width)
+            nn.LayerNorm(width),
+            nn.Linear(width, expansion * width),
+            nn.GELU(),
+            nn.Linear(expansion * width, width),
         )
 
     def forward(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
@@ -64,7 +71,8 @@ class TransformerBlock(nn.Module):
 
 
 def never_empty(mask: Tensor) -> Tensor:
-    """A boolean mask [..., Q, K] in which a query that sees nothing sees everything, so that softmax stays finite.
+    """A boolean mask [..., Q, K] in which a query that sees nothing sees everything, so that
+    softmax stays finite.
 
     The caller must discard those rows.
     """

@@ -1,8 +1,11 @@
 """Hashed ids -> embedding rows -> vectors, for every slot of a feature layout in one gather.
 
-A `Vocabulary` keeps a row for each bucket that its days hold, so tables are as large as the data, not as the hash
-space. A row's initial vector depends on the seed, its table and its bucket alone: rows that later days add
-move nothing that was there before. Row 0 is "missing or never seen": a zero vector that is never trained.
+A `Vocabulary` keeps a row for each bucket that its days hold, so tables are as large as the data,
+not as the hash
+space. A row's initial vector depends on the seed, its table and its bucket alone: rows that later
+days add
+move nothing that was there before. Row 0 is "missing or never seen": a zero vector that is never
+trained.
 Shape legend: B rows, S id slots, F fields, E embedding width.
 """
 
@@ -23,7 +26,8 @@ Int64s = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The buckets each embedding table holds rows for; a table's rows follow those of the tables before it."""
+    """The buckets each embedding table holds rows for; a table's rows follow those of the tables
+    before it."""
 
     buckets: Mapping[str, Ints]
 
@@ -66,9 +70,12 @@ class Vocabulary:
         return found
 
     def row_keys(self) -> Int64s:
-        """One number per row that names its table and bucket whatever else the vocabulary holds; row 0 is 0."""
+        """One number per row that names its table and bucket whatever else the vocabulary holds;
+        row 0 is 0."""
         parts = [np.zeros(1, np.int64)]
-        parts += [_table_hash(t) * np.int64(1 << 31) + b.astype(np.int64) for t, b in self.buckets.items()]
+        parts += [
+            _table_hash(t) * np.int64(1 << 31) + b.astype(np.int64) for t, b in self.buckets.items()
+        ]
         return np.concatenate(parts)
 
 
@@ -80,7 +87,8 @@ def _table_hash(table: str) -> np.int64:
 
 
 def initial_rows(keys: Int64s, width: int, *, seed: int, std: float) -> Tensor:
-    """[len(keys), width] uniform values of deviation `std`, each a function of (seed, key, column); key 0 gives zeros."""
+    """[len(keys), width] uniform values of deviation `std`, each a function of (seed, key,
+    column); key 0 gives zeros."""
     with np.errstate(over="ignore"):
         state = keys.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
         state = state + np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0xBF58476D1CE4E5B9)
@@ -108,7 +116,8 @@ class EmbeddingBank(nn.Module):
 
 
 class FieldPooling(nn.Module):
-    """Slot vectors [..., S, E] -> field vectors [..., F, E]: the mean over a field's filled slots, zeros if none."""
+    """Slot vectors [..., S, E] -> field vectors [..., F, E]: the mean over a field's filled slots,
+    zeros if none."""
 
     slot_field_SF: Tensor
 
@@ -126,11 +135,15 @@ class FieldPooling(nn.Module):
             return vectors_BSE
         matrix_SF = self.slot_field_SF.to(vectors_BSE.dtype)
         count_BF = (rows_BS != 0).to(vectors_BSE.dtype) @ matrix_SF
-        return torch.einsum("...se,sf->...fe", vectors_BSE, matrix_SF) / count_BF.clamp(min=1)[..., None]
+        return (
+            torch.einsum("...se,sf->...fe", vectors_BSE, matrix_SF)
+            / count_BF.clamp(min=1)[..., None]
+        )
 
 
 class NumberEncoder(nn.Module):
-    """Numbers [..., N] (NaN: missing) -> [..., 3 N]: the value, its bounded form and a missing flag."""
+    """Numbers [..., N] (NaN: missing) -> [..., 3 N]: the value, its bounded form and a missing
+    flag."""
 
     def __init__(self, num_numbers: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
 """RankMixer: parameter-free token mixing and per-token feed-forward blocks over feature tokens.
 
 Zhu et al., "RankMixer: Scaling Up Ranking Models in Industrial Recommenders", arXiv 2507.15551.
-Here: mixing with H = T, post-LayerNorm blocks, mean read-out left to the caller. Left out: sparse experts.
+Here: mixing with H = T, post-LayerNorm blocks, mean read-out left to the caller. Left out: sparse
+experts.
 Shape legend: B rows, T tokens, D width, H heads.
 """
 
@@ -13,7 +14,8 @@ from compressor.nn.feed_forward import PerTokenFeedForward
 
 
 def mix(x_BTD: Tensor, num_heads: int) -> Tensor:
-    """Token h of the result is slice h of every token, in token order; [B, T, D] -> [B, H, T * D / H]."""
+    """Token h of the result is slice h of every token, in token order; [B, T, D] -> [B, H, T * D /
+    H]."""
     num_rows, num_tokens, width = x_BTD.shape
     split = x_BTD.reshape(num_rows, num_tokens, num_heads, width // num_heads)
     return split.transpose(1, 2).reshape(num_rows, num_heads, num_tokens * width // num_heads)
@@ -25,7 +27,9 @@ class RankMixerBlock(nn.Module):
     def __init__(self, num_tokens: int, width: int, expansion: float) -> None:
         super().__init__()
         if width % num_tokens:
-            raise ValueError(f"width {width} must be a multiple of the number of tokens {num_tokens}")
+            raise ValueError(
+                f"width {width} must be a multiple of the number of tokens {num_tokens}"
+            )
         self.num_tokens = num_tokens
         self.mixed_norm = nn.LayerNorm(width)
         self.feed_forward = PerTokenFeedForward(num_tokens, width, expansion)
@@ -41,7 +45,9 @@ class RankMixer(nn.Module):
 
     def __init__(self, *, num_tokens: int, width: int, depth: int, expansion: float = 2.0) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*(RankMixerBlock(num_tokens, width, expansion) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(RankMixerBlock(num_tokens, width, expansion) for _ in range(depth))
+        )
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.blocks(x_BTD)

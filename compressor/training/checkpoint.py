@@ -1,4 +1,5 @@
-"""Checkpoints: safetensors and JSON in one folder that appears whole or not at all; never pickle."""
+"""Checkpoints: safetensors and JSON in one folder that appears whole or not at all; never
+pickle."""
 
 from __future__ import annotations
 
@@ -23,8 +24,13 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "tensors.safetensors")
-        (temporary / "meta.json").write_text(json.dumps(dict(meta), indent=1, sort_keys=True, default=str))
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            temporary / "tensors.safetensors",
+        )
+        (temporary / "meta.json").write_text(
+            json.dumps(dict(meta), indent=1, sort_keys=True, default=str)
+        )
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -41,12 +47,18 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and meta of a checkpoint."""
     try:
-        return load_file(folder / "tensors.safetensors"), json.loads((folder / "meta.json").read_text())
+        return load_file(folder / "tensors.safetensors"), json.loads(
+            (folder / "meta.json").read_text()
+        )
     except FileNotFoundError as error:
-        raise InputError(f"no checkpoint at {folder}: train one first, or check --version") from error
+        raise InputError(
+            f"no checkpoint at {folder}: train one first, or check --version"
+        ) from error
 
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage) -> dict[str, Tensor]:
+def state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage
+) -> dict[str, Tensor]:
     """Everything that the next step depends on, by name."""
     found = {f"model.{n}": t for n, t in model.state_dict().items()}
     found |= {f"average.{i}": t for i, t in enumerate(average.averaged)}
@@ -56,9 +68,16 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAve
     return found
 
 
-def restore(tensors: Mapping[str, Tensor], model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage) -> None:
+def restore(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: WeightAverage,
+) -> None:
     """The inverse of `state`; shapes must agree."""
-    model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    model.load_state_dict(
+        {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    )
     with torch.no_grad():
         for i, averaged in enumerate(average.averaged):
             averaged.copy_(tensors[f"average.{i}"])

@@ -26,7 +26,8 @@ def train(
     max_norm: float = 1.0,
     patience: int = 5,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield (step, loss, detached) after each update. A step whose gradient is not finite is skipped; `patience` in a row stop the run."""
+    """Yield (step, loss, detached) after each update. A step whose gradient is not finite is
+    skipped; `patience` in a row stop the run."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     num_bad = torch.zeros((), device=parameters[0].device)
@@ -45,12 +46,16 @@ def train(
         if average is not None:
             average.update()
         if step % 50 == 49 and float(num_bad) >= patience:
-            raise DivergedError(f"{int(num_bad)} steps in a row without a finite gradient (step {step}); lower the learning rate")
+            raise DivergedError(
+                f"{int(num_bad)} steps in a row without a finite gradient (step {step}); lower the "
+                f"learning rate"
+            )
         yield step, loss.detach()
 
 
 class WeightAverage:
-    """Exponentially averaged weights of a model (EMA), swapped in for prediction and for writing tokens."""
+    """Exponentially averaged weights of a model (EMA), swapped in for prediction and for writing
+    tokens."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.num_updates = model, decay, 0
@@ -58,10 +63,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average in today's weights; early on the decay is shorter, so that the start is forgotten."""
+        """Average in today's weights; early on the decay is shorter, so that the start is
+        forgotten."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self.averaged, [p.detach() for p in self.model.parameters()], 1 - decay)
+        torch._foreach_lerp_(
+            self.averaged, [p.detach() for p in self.model.parameters()], 1 - decay
+        )
 
     @torch.no_grad()
     def swap(self) -> None:

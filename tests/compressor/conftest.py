@@ -1,4 +1,5 @@
-"""A tiny domain and stream in memory: three users, requests with siblings, sampled negatives, fields known only afterwards."""
+"""A tiny domain and stream in memory: three users, requests with siblings, sampled negatives,
+fields known only afterwards."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ TINY = {
         {"name": "user", "column": "u", "side": "user", "buckets": 64},
         {"name": "item", "column": "i", "side": "item", "buckets": 256},
         {"name": "category", "column": "c", "side": "item", "buckets": 64},
-        {"name": "tags", "column": "g", "side": "item", "kind": "multi-category", "max_length": 3, "buckets": 64},
+        {
+            "name": "tags",
+            "column": "g",
+            "side": "item",
+            "kind": "multi-category",
+            "max_length": 3,
+            "buckets": 64,
+        },
         {"name": "stock", "column": "s", "side": "context", "kind": "number"},
         {"name": "price", "column": "p", "side": "event", "known": "after", "kind": "number"},
         {"name": "coupon", "column": "k", "side": "event", "known": "after", "buckets": 16},
@@ -34,12 +42,25 @@ TINY = {
 
 
 def small_config(**changes: Any) -> SourceConfig:
-    values: dict[str, Any] = dict(embedding=8, width=16, num_tokens=4, depth=1, bottleneck=16, sit_layers=2, heads=2, context=16, decoder=16)
+    values: dict[str, Any] = {
+        "embedding": 8,
+        "width": 16,
+        "num_tokens": 4,
+        "depth": 1,
+        "bottleneck": 16,
+        "sit_layers": 2,
+        "heads": 2,
+        "context": 16,
+        "decoder": 16,
+    }
     return SourceConfig(**(values | changes))
 
 
-def stream_rows(domain: Domain, *, num_users: int = 3, num_requests: int = 6, seed: int = 0) -> pa.Table:
-    """Each request: two bought items and two sampled ones at one instant; requests hours to days apart."""
+def stream_rows(
+    domain: Domain, *, num_users: int = 3, num_requests: int = 6, seed: int = 0
+) -> pa.Table:
+    """Each request: two bought items and two sampled ones at one instant; requests hours to days
+    apart."""
     random = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
     for user in range(1, num_users + 1):
@@ -49,11 +70,20 @@ def stream_rows(domain: Domain, *, num_users: int = 3, num_requests: int = 6, se
             for candidate in range(4):
                 is_sampled = candidate >= 2
                 row: dict[str, Any] = {
-                    "instance_id": len(rows), "user_id": user, "item_id": int(random.integers(20)), "request_id": user * 1000 + request,
-                    "event_time": now, "is_sampled": is_sampled, "f_user": user, "f_stock": float(random.normal()),
-                    "f_price": None if is_sampled else float(random.normal()), "f_coupon": 0 if is_sampled else int(random.integers(1, 16)),
+                    "instance_id": len(rows),
+                    "user_id": user,
+                    "item_id": int(random.integers(20)),
+                    "request_id": user * 1000 + request,
+                    "event_time": now,
+                    "is_sampled": is_sampled,
+                    "f_user": user,
+                    "f_stock": float(random.normal()),
+                    "f_price": None if is_sampled else float(random.normal()),
+                    "f_coupon": 0 if is_sampled else int(random.integers(1, 16)),
                     "f_tags": random.integers(1, 64, random.integers(0, 4)).tolist(),
-                    "label_buy": int(not is_sampled), "label_time_buy": now, "event_date": now // DAY_US,
+                    "label_buy": int(not is_sampled),
+                    "label_time_buy": now,
+                    "event_date": now // DAY_US,
                 }
                 row |= {"f_item": row["item_id"] + 1, "f_category": row["item_id"] % 5 + 1}
                 rows.append(row)

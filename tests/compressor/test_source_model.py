@@ -1,4 +1,5 @@
-"""What an implementation of IAT must show (papers/iat 1.12), as far as the compressor alone can show it."""
+"""What an implementation of IAT must show (papers/iat 1.12), as far as the compressor alone can
+show it."""
 
 from __future__ import annotations
 
@@ -43,7 +44,11 @@ def user_model(tiny: Domain, vocabulary: Vocabulary) -> SourceModel:
 
 def disturbed(batch: SourceBatch, rows: Sequence[int]) -> SourceBatch:
     """The batch with other fields in some rows."""
-    ids, numbers, after = batch.rows_NS.clone(), batch.numbers_NM.clone(), batch.after_numbers_NM.clone()
+    ids, numbers, after = (
+        batch.rows_NS.clone(),
+        batch.numbers_NM.clone(),
+        batch.after_numbers_NM.clone(),
+    )
     ids[rows] = ids[rows].roll(1, dims=1)
     numbers[rows] += 3.0
     after[rows] = after[rows].nan_to_num() + 5.0
@@ -51,7 +56,9 @@ def disturbed(batch: SourceBatch, rows: Sequence[int]) -> SourceBatch:
 
 
 def stored_tokens(model: SourceModel, batch: SourceBatch) -> Tensor:
-    return model.tokens(batch.rows_NS, batch.numbers_NM, batch.after_rows_NS, batch.after_numbers_NM)
+    return model.tokens(
+        batch.rows_NS, batch.numbers_NM, batch.after_rows_NS, batch.after_numbers_NM
+    )
 
 
 def test_a_token_depends_on_its_own_row_alone(model: SourceModel, data: StreamData) -> None:
@@ -63,19 +70,27 @@ def test_a_token_depends_on_its_own_row_alone(model: SourceModel, data: StreamDa
     assert not torch.allclose(before[3], after[3])
 
 
-def test_a_prediction_moves_only_when_a_strictly_earlier_event_of_its_user_or_its_own_row_moves(user_model: SourceModel, data: StreamData) -> None:
+def test_a_prediction_moves_only_when_a_strictly_earlier_event_of_its_user_or_its_own_row_moves(
+    user_model: SourceModel, data: StreamData
+) -> None:
     batch = whole(data)
     before = user_model(batch).logit_Q
     for row in range(len(data)):
         after = user_model(disturbed(batch, [row])).logit_Q
         moved = ((before - after).abs() > 1e-6).numpy()
-        may_move = (data.user_id == data.user_id[row]) & (data.time_us > data.time_us[row]) & data.is_event[row]
+        may_move = (
+            (data.user_id == data.user_id[row])
+            & (data.time_us > data.time_us[row])
+            & data.is_event[row]
+        )
         may_move[row] = True
         assert not moved[~may_move].any()
         assert moved[may_move].all()
 
 
-def test_a_fixed_field_known_after_the_event_never_reaches_its_own_prediction(user_model: SourceModel, data: StreamData) -> None:
+def test_a_fixed_field_known_after_the_event_never_reaches_its_own_prediction(
+    user_model: SourceModel, data: StreamData
+) -> None:
     batch = whole(data)
     after = batch.after_numbers_NM.clone()
     after[0] = after[0].nan_to_num() + 5.0
@@ -84,14 +99,18 @@ def test_a_fixed_field_known_after_the_event_never_reaches_its_own_prediction(us
     assert not torch.allclose(before.token_KD[0], moved.token_KD[0])
 
 
-def test_the_stream_over_stored_tokens_equals_the_packed_batch(user_model: SourceModel, data: StreamData) -> None:
+def test_the_stream_over_stored_tokens_equals_the_packed_batch(
+    user_model: SourceModel, data: StreamData
+) -> None:
     batch = whole(data)
     packed = user_model(batch)
     streamed = user_model.forward_stored(batch, stored_tokens(user_model, batch)[batch.token_K])
     torch.testing.assert_close(streamed.logit_Q, packed.logit_Q, atol=1e-5, rtol=0)
 
 
-def test_one_row_at_a_time_over_stored_tokens_equals_the_packed_batch(user_model: SourceModel, data: StreamData) -> None:
+def test_one_row_at_a_time_over_stored_tokens_equals_the_packed_batch(
+    user_model: SourceModel, data: StreamData
+) -> None:
     packed = user_model(whole(data)).logit_Q
     for row in range(len(data)):
         one = make_batch(data, torch.tensor([[row, row + 1]]), context=64, known_before_us=NEVER)
@@ -100,7 +119,9 @@ def test_one_row_at_a_time_over_stored_tokens_equals_the_packed_batch(user_model
         torch.testing.assert_close(logit[0], packed[row], atol=1e-5, rtol=0)
 
 
-def test_later_losses_reach_earlier_compressions_in_a_packed_batch_and_never_in_the_stream(user_model: SourceModel, data: StreamData) -> None:
+def test_later_losses_reach_earlier_compressions_in_a_packed_batch_and_never_in_the_stream(
+    user_model: SourceModel, data: StreamData
+) -> None:
     batch = whole(data)
     numbers = batch.after_numbers_NM.nan_to_num().requires_grad_()
     last = int((data.user_id == data.user_id[0]).nonzero()[0][-1])
@@ -123,13 +144,18 @@ def test_a_triangular_mask_would_be_seen(user_model: SourceModel, data: StreamDa
     assert (before[1] - after[1]).abs() > 1e-6
 
 
-def test_units_in_one_batch_do_not_see_each_other(user_model: SourceModel, data: StreamData) -> None:
+def test_units_in_one_batch_do_not_see_each_other(
+    user_model: SourceModel, data: StreamData
+) -> None:
     units = torch.from_numpy(data.day_units())
     together = make_batch(data, units, context=16, known_before_us=NEVER)
     packed = user_model(together).logit_Q
-    alone = torch.cat([
-        user_model(make_batch(data, unit[None], context=16, known_before_us=NEVER)).logit_Q for unit in units
-    ])
+    alone = torch.cat(
+        [
+            user_model(make_batch(data, unit[None], context=16, known_before_us=NEVER)).logit_Q
+            for unit in units
+        ]
+    )
     torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
 
 
@@ -137,7 +163,11 @@ def test_context_is_the_newest_events_before_the_unit(data: StreamData) -> None:
     last = torch.from_numpy(data.day_units()[-1:])
     batch = make_batch(data, last, context=3, known_before_us=NEVER)
     past = batch.row_N[: -int(last[0, 1] - last[0, 0])].numpy()
-    events = [r for r in data.events if r < int(last[0, 0]) and data.user_id[r] == data.user_id[int(last[0, 0])]]
+    events = [
+        r
+        for r in data.events
+        if r < int(last[0, 0]) and data.user_id[r] == data.user_id[int(last[0, 0])]
+    ]
     assert past.tolist() == events[-3:]
 
 
@@ -156,11 +186,15 @@ def test_the_next_request_is_strictly_later_and_known_by_then(data: StreamData) 
     assert has_next.any()
     assert (data.user_id[rows] == data.user_id[following]).all()
     assert (data.time_us[rows] < data.time_us[following]).all()
-    limited = make_batch(data, torch.from_numpy(data.day_units()), context=4, known_before_us=int(data.time_us.min()))
+    limited = make_batch(
+        data, torch.from_numpy(data.day_units()), context=4, known_before_us=int(data.time_us.min())
+    )
     assert (limited.next_row_K == -1).all()
 
 
-def test_ids_of_later_days_move_no_row_that_was_there_before(tiny: Domain, vocabulary: Vocabulary) -> None:
+def test_ids_of_later_days_move_no_row_that_was_there_before(
+    tiny: Domain, vocabulary: Vocabulary
+) -> None:
     more = vocabulary.extended(["item"], np.array([[200], [3]], np.int32))
     before = SourceModel(small_config(), tiny, vocabulary, seed=5).bank.table.weight
     after = SourceModel(small_config(), tiny, more, seed=5).bank.table.weight
