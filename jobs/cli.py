@@ -20,6 +20,18 @@ from pipelines.errors import CheckFailedError, InputError, RetryableError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "init": ("jobs.init", "draft a domain file from a Parquet, CSV or Delta source"),
+    "build-instances": (
+        "jobs.build_instances",
+        "raw events -> instances; what breaks a rule goes to quarantine",
+    ),
+    "build-streams": (
+        "jobs.build_streams",
+        "instances -> temporal-order and user-order streams, histories",
+    ),
+    "build-samples": (
+        "jobs.build_samples",
+        "instances -> ranker samples, pointers into histories",
+    ),
     "train-compressor": (
         "jobs.train_compressor",
         "train a source model; streaming: walk the days and write their tokens",

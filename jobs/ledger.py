@@ -8,6 +8,7 @@ value depends on it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines import delta, tables
+from pipelines.domain import Domain
 from pipelines.errors import RetryableError
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,18 @@ def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
         report = _report(run, _plain(args), error, wall_s, time.process_time() - start_cpu_s)
         if not getattr(args, "dry_run", False):
             _write(lake, run, started, wall_s, report)
+
+
+def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, str]:
+    """What a commit of this run says of itself: job, run, code, domain file, what it read."""
+    return {
+        "job": run.job,
+        "run": run.run,
+        "code": metadata.version("instance-as-token"),
+        "domain": domain.name,
+        "config": hashlib.sha256(repr(domain).encode()).hexdigest()[:16],
+        "inputs": json.dumps(dict(inputs), sort_keys=True, default=str),
+    }
 
 
 def machine() -> dict[str, Any]:

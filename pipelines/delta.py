@@ -6,6 +6,7 @@ import json
 import random
 import time
 from collections.abc import Mapping, Sequence
+from datetime import date, timedelta
 from typing import Any
 
 import pyarrow as pa
@@ -36,6 +37,26 @@ def open_table(lake: str, table: Table, version: int | None = None) -> DeltaTabl
         raise InputError(
             f"the lake {lake} has no table {table.name}; run the job that writes it first"
         ) from error
+
+
+def days_of(
+    lake: str, table: Table, start: date | None = None, end: date | None = None
+) -> tuple[Days, int]:
+    """The days asked for, within a table's own (None: its first, its last), and its version.
+
+    From the partitions alone. InputError where the table has none of the days.
+    """
+    opened = open_table(lake, table)
+    found = sorted(date.fromisoformat(str(p["event_date"])) for p in opened.partitions())
+    if not found:
+        raise InputError(f"{table.name} is empty; run the job that writes it first")
+    days = Days(start or found[0], end or found[-1] + timedelta(days=1))
+    if not any(day in days for day in found):
+        raise InputError(
+            f"{table.name} has no rows in {days}: its days go from {found[0]} to {found[-1]}; "
+            "build those days first"
+        )
+    return days, opened.version()
 
 
 def read(

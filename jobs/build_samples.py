@@ -1,0 +1,63 @@
+"""Instances -> ranker samples: who asked, when, about what; the past is pointed to, never copied."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pyspark.sql import functions as F  # noqa: N812
+
+from jobs import ledger
+from jobs.spark import SparkTables, session
+from pipelines import delta, tables
+from pipelines.domain import load as load_domain
+from pipelines.samples import ranker_samples
+from pipelines.temporal_order import model_ready
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Build a domain's ranker samples from its instances: a pointer (user, as_of) and the target's
+    features known at the request, with labels and when each became known."""
+
+    domain: str
+    """Name of a domain that comes with the toolkit, or a FILE.toml."""
+    lake: str
+    """Root folder or object-store URI of the Delta tables."""
+    start: date | None = None
+    """First day (UTC); empty: the instances' first."""
+    end: date | None = None
+    """The day after the last; empty: the instances' end."""
+    master: str = "local[*]"
+    """Spark master: local[*], spark://HOST:PORT, ..."""
+    dry_run: bool = False
+    """Say what would be built, and stop."""
+
+
+def main(args: Args) -> dict[str, Any]:
+    domain = load_domain(args.domain)
+    source, table = tables.instances(domain), tables.ranker_samples(domain)
+    days, version = delta.days_of(args.lake, source, args.start, args.end)
+    result = {"domain": domain.name, "days": str(days), "input_versions": {source.name: version}}
+    if args.dry_run:
+        sys.stdout.write(f"{domain.name}: would build ranker samples of {days}\n")
+        return result
+    with ledger.job(args.lake, "build-samples", args) as run:
+        lake = SparkTables(session(args.master), args.lake)
+        ready = model_ready(lake.read(source, days, version=version), domain)
+        commit = ledger.commit_of(run, domain, result["input_versions"])
+        written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
+        rows = lake.read(table, days, version=written)
+        counted = rows.agg(F.count("*").alias("rows"), F.count_if("is_sampled").alias("sampled"))
+        result |= counted.collect()[0].asDict()
+        run.add(rows=result["rows"])
+    sys.stdout.write(
+        f"{domain.name}, {days}: {result['rows']} ranker samples, {result['sampled']} of them "
+        "sampled negatives\n"
+    )
+    return result

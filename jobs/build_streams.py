@@ -1,0 +1,89 @@
+"""Instances -> temporal-order and user-order streams of the same rows, and histories."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
+
+from pyspark.sql import functions as F  # noqa: N812
+from tqdm import tqdm
+
+from jobs import ledger
+from jobs.spark import SparkTables, session
+from pipelines import delta, tables
+from pipelines.days import Days
+from pipelines.domain import Domain
+from pipelines.domain import load as load_domain
+from pipelines.histories import histories
+from pipelines.temporal_order import model_ready, temporal_order
+from pipelines.user_order import user_order
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Build a domain's temporal-order stream, user-order stream and histories from its instances.
+
+    All three come from one version of the instances, so that both streams hold the same rows. Days
+    are replaced whole; as each is sorted, a stream over any days is their merge.
+    """
+
+    domain: str
+    """Name of a domain that comes with the toolkit, or a FILE.toml."""
+    lake: str
+    """Root folder or object-store URI of the Delta tables."""
+    start: date | None = None
+    """First day (UTC); empty: the instances' first."""
+    end: date | None = None
+    """The day after the last; empty: the instances' end."""
+    master: str = "local[*]"
+    """Spark master: local[*], spark://HOST:PORT, ..."""
+    dry_run: bool = False
+    """Say what would be built, and stop."""
+
+
+def main(args: Args) -> dict[str, Any]:
+    domain = load_domain(args.domain)
+    source = tables.instances(domain)
+    days, version = delta.days_of(args.lake, source, args.start, args.end)
+    result = {"domain": domain.name, "days": str(days), "input_versions": {source.name: version}}
+    if not args.dry_run:
+        with ledger.job(args.lake, "build-streams", args) as run:
+            commit = ledger.commit_of(run, domain, result["input_versions"])
+            lake = SparkTables(session(args.master), args.lake)
+            result |= {"rows": build(lake, domain, days, version, commit=commit)}
+            run.add(rows=result["rows"][tables.user_order(domain).name])
+    sys.stdout.write(as_text(result))
+    return result
+
+
+def build(
+    lake: SparkTables, domain: Domain, days: Days, version: int, *, commit: Mapping[str, str]
+) -> dict[str, int]:
+    """Replace the days of all three tables; returns the rows that each now has in them."""
+    ready = model_ready(lake.read(tables.instances(domain), days, version=version), domain)
+    wanted = (
+        (tables.temporal_order(domain), ready.select(*tables.temporal_order(domain).schema.names)),
+        (tables.user_order(domain), user_order(ready, domain)),
+        (tables.histories(domain), histories(ready, domain)),
+    )
+    found: dict[str, int] = {}
+    for table, rows in tqdm(wanted, desc=f"streams of {domain.name}", unit="table", delay=5):
+        written = lake.replace(table, rows, days, commit=commit)
+        count = lake.read(table, days, version=written).agg(F.count("*").alias("n")).collect()
+        found[table.name] = int(count[0]["n"])
+    return found
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """What was built, for people."""
+    if "rows" not in result:
+        return f"{result['domain']}: would build streams and histories of {result['days']}\n"
+    lines = [f"{result['domain']}, {result['days']}:"]
+    lines += [f"  {name:32s} {rows:>10,d} rows" for name, rows in result["rows"].items()]
+    return "\n".join(lines) + "\n"
