@@ -57,7 +57,9 @@ def list_of(value: Column, kind: DataType, separator: str, where: str) -> Column
         element = kind.elementType
         parts = F.transform(value, lambda each: F.trim(text(each, element, where)))
     else:
-        parts = F.transform(F.split(text(value, kind, where), re.escape(separator)), F.trim)
+        split = F.split(text(value, kind, where), re.escape(separator))
+        # Not F.trim alone: as a function of two it would be given each value's index to trim.
+        parts = F.transform(split, lambda each: F.trim(each))
     kept = F.filter(parts, lambda each: each != "")
     return F.when(F.size(kept) > 0, kept)
 
