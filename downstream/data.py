@@ -10,7 +10,9 @@ S id slots, N events of the index, F side fields, K labels, M match features.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,6 @@ from downstream.configs import RankerConfig
 from downstream.inputs import RankerInputs
 from downstream.match_features import MatchIndex
 from downstream.samples import Array, Pieces, Samples
-from downstream.token_store import Tokens
 from downstream.user_index import IndexStore
 from pipelines.domain import Domain
 from pipelines.errors import InputError
@@ -39,6 +40,9 @@ class RankerTensors:
 
     user_G: Tensor
     as_of_G: Tensor
+    begin_G: Tensor
+    end_G: Tensor
+    """The index's rows [begin, end) are the user's events before the request."""
     ids_GS: Tensor
     numbers_GN: Tensor
     sample_n: Tensor
@@ -119,12 +123,17 @@ class RankerData:
         def tensor(values: Array) -> Tensor:
             return torch.from_numpy(np.array(values)).to(store.device)
 
+        user_G, as_of_G = tensor(samples.user_id[first_G]), tensor(samples.as_of_us[first_G])
+        _, begin_G, end_G = store.positions(user_G, as_of_G)
+
         def rows_of(layout: FeatureLayout, ids: Array) -> Tensor:
             return tensor(vocabulary.rows(layout.slot_tables, ids))
 
         tensors = RankerTensors(
-            user_G=tensor(samples.user_id[first_G]),
-            as_of_G=tensor(samples.as_of_us[first_G]),
+            user_G=user_G,
+            as_of_G=as_of_G,
+            begin_G=begin_G,
+            end_G=end_G,
             ids_GS=rows_of(inputs.request, samples.request.ids[first_G]),
             numbers_GN=tensor(samples.request.numbers[first_G]),
             sample_n=tensor(order),
@@ -161,6 +170,18 @@ class RankerData:
         """Pieces of the days [first_day, last_day) since 1970, in order."""
         return np.arange(*np.searchsorted(self.piece_day, [first_day, last_day]))
 
+    @property
+    def piece_size(self) -> int:
+        """Candidates of the longest piece."""
+        return int(self.pieces.size.max(initial=1))
+
+    @cached_property
+    def item_row_n(self) -> Tensor:
+        """The row of each sample's item token in the store, as of its request."""
+        t = self.tensors
+        as_of_us = torch.from_numpy(self.samples.as_of_us[self.pieces.order])
+        return self.store.item_rows(t.item_n, as_of_us)
+
     def batch(
         self, pieces: Array, config: RankerConfig, *, known_before_us: int | None = None
     ) -> RankerBatch:
@@ -168,71 +189,93 @@ class RankerData:
 
         Labels known at or after `known_before_us` are unknown.
         """
-        t, device = self.tensors, self.device
-        sizes = self.pieces.size[pieces]
-        # One copy to the device for all that the host knows of the batch.
-        host = np.stack([sizes, self.pieces.start[pieces], self.pieces.request[pieces]])
-        size_R, start_R, request_R = torch.from_numpy(host).to(device, non_blocking=True)
-        step_C = torch.arange(int(sizes.max(initial=1)), device=device)
+        (piece_3R,) = self.described([pieces], len(pieces))
+        num_candidates = int(self.pieces.size[pieces].max(initial=1))
+        return self.gather(piece_3R, num_candidates, config, known_before_us)
+
+    def described(self, groups: Sequence[Array], num_pieces: int) -> Tensor:
+        """[T, 3, R] size, first place and request of the pieces of T batches, on the device: all
+        that the host knows of them, in one copy. Batches are filled up with pieces of nothing."""
+        found = np.zeros((len(groups), 3, num_pieces), np.int64)
+        for group, piece_3R in zip(groups, found, strict=True):
+            p = self.pieces
+            piece_3R[:, : len(group)] = p.size[group], p.start[group], p.request[group]
+        return torch.from_numpy(found).to(self.device, non_blocking=True)
+
+    def gather(
+        self,
+        piece_3R: Tensor,
+        num_candidates: int,
+        config: RankerConfig,
+        known_before_us: int | Tensor | None = None,
+    ) -> RankerBatch:
+        """The batch of pieces so described: its shapes are given and the device is not asked."""
+        t = self.tensors
+        size_R, start_R, request_R = piece_3R
+        step_C = torch.arange(num_candidates, device=self.device)
         mask_RC = step_C < size_R[:, None]
         place_RC = torch.where(mask_RC, start_R[:, None] + step_C, start_R[:, None])
-        user_R, as_of_R = t.user_G[request_R], t.as_of_G[request_R]
         is_unknown_RC = ~mask_RC
         if known_before_us is not None:
-            is_unknown_RC |= t.label_time_n[place_RC] >= known_before_us
+            is_unknown_RC = is_unknown_RC | (t.label_time_n[place_RC] >= known_before_us)
         item_token_RCD = item_mask_RC = None
         if config.item_tokens:
-            as_of_RC = as_of_R[:, None].expand_as(place_RC)
-            items = self.store.fetch_items(t.item_n[place_RC].flatten(), as_of_RC.flatten())
+            items = self.store.items_at(self.item_row_n[place_RC].flatten())
             item_token_RCD = items.token_BD.float().unflatten(0, place_RC.shape)
             item_mask_RC = items.mask_B.unflatten(0, place_RC.shape)
         is_read = config.history or config.branch != "none"
         return RankerBatch(
             ids_RS=t.ids_GS[request_R],
             numbers_RN=t.numbers_GN[request_R],
-            histories={MAIN: self._history(user_R, as_of_R, config)} if is_read else {},
+            histories={MAIN: self._history(request_R, config)} if is_read else {},
             ids_RCS=t.ids_nS[place_RC],
             numbers_RCN=t.numbers_nN[place_RC],
             match_RCM=t.match_nM[place_RC],
             mask_RC=mask_RC,
             label_RC=t.label_n[place_RC].masked_fill(is_unknown_RC, float("nan")),
-            user_R=user_R,
+            user_R=t.user_G[request_R],
             sample_RC=t.sample_n[place_RC].masked_fill(~mask_RC, -1),
             item_token_RCD=item_token_RCD,
             item_token_mask_RC=item_mask_RC,
         )
 
-    def _history(self, user_R: Tensor, as_of_R: Tensor, config: RankerConfig) -> HistorySequence:
-        found = self.store.fetch(user_R, as_of_R, config.history_length)
-        row_RL = found.row_BL.clamp(min=0)
-        labels = [side for name, side in found.side.items() if name.startswith("label_")]
+    def _history(self, request_R: Tensor, config: RankerConfig) -> HistorySequence:
+        t, store = self.tensors, self.store
+        as_of_R = t.as_of_G[request_R]
+        place_RL, mask_RL = store.newest(
+            t.begin_G[request_R], t.end_G[request_R], config.history_length
+        )
+        row_RL = place_RL.clamp(min=0)
+        labels = [name for name in store.side if name.startswith("label_")]
         sequence = HistorySequence(
-            ids_RLF=self.tensors.side_NF[row_RL],
-            gap_s_RL=found.gap_s_BL,
-            label_RLK=torch.stack(labels, dim=-1),
-            mask_RL=found.mask_BL,
+            ids_RLF=t.side_NF[row_RL],
+            gap_s_RL=store.gap_s_at(row_RL, mask_RL, as_of_R),
+            label_RLK=torch.stack(
+                [store.side_at(name, row_RL, mask_RL, as_of_R) for name in labels], dim=-1
+            ),
+            mask_RL=mask_RL,
         )
         if config.branch == "tokens":
-            token_RLD = found.token_BLD.float()
-            return sequence._replace(token_RLD=token_RLD, token_mask_RL=found.token_mask_BL)
+            token_RLD, token_mask_RL = store.tokens_at(row_RL, mask_RL, as_of_R)
+            return sequence._replace(token_RLD=token_RLD.float(), token_mask_RL=token_mask_RL)
         if config.branch == "fields":
-            ids_NS, numbers_NN = self.tensors.field_ids_NS, self.tensors.field_numbers_NN
+            ids_NS, numbers_NN = t.field_ids_NS, t.field_numbers_NN
             if ids_NS is None or numbers_NN is None:
                 raise InputError("this arm reads all logged fields; load the samples with them")
-            mask_RL = self._published(found, as_of_R)
-            is_hidden_RL1 = ~mask_RL[..., None]
+            is_there_RL = self._published(row_RL, mask_RL, as_of_R)
+            is_hidden_RL1 = ~is_there_RL[..., None]
             return sequence._replace(
                 field_ids_RLS=ids_NS[row_RL].masked_fill_(is_hidden_RL1, 0),
                 field_numbers_RLN=numbers_NN[row_RL].masked_fill_(is_hidden_RL1, float("nan")),
-                field_mask_RL=mask_RL,
+                field_mask_RL=is_there_RL,
             )
         return sequence
 
-    def _published(self, found: Tokens, as_of_R: Tensor) -> Tensor:
+    def _published(self, row_RL: Tensor, mask_RL: Tensor, as_of_R: Tensor) -> Tensor:
         """Where an event's token could have been read by then: [R, L]."""
-        time_RL = self.store.columns["event_time_us"][found.row_BL.clamp(min=0)]
+        time_RL = self.store.columns["event_time_us"][row_RL]
         available_RL = (time_RL // DAY_US + 1) * DAY_US + self.delay_us
-        return found.mask_BL & (available_RL < as_of_R[:, None])
+        return mask_RL & (available_RL < as_of_R[:, None])
 
 
 def match_of(samples: Samples, inputs: RankerInputs, store: IndexStore) -> Tensor:

@@ -216,12 +216,27 @@ class IndexStore:
     def fetch(self, user_ids: Tensor, as_of_us: Tensor, length: int) -> Tokens:
         """See TokenStore.fetch; every tensor is on the store's device."""
         _, begin_B, end_B = self.positions(user_ids, as_of_us)
-        steps_L = torch.arange(-length, 0, device=self.device)
-        row_BL = end_B[:, None] + steps_L
+        as_of_B = as_of_us.to(self.device)
+        row_BL, mask_BL = self.newest(begin_B, end_B, length)
+        token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
+        return Tokens(
+            token_BLD=token_BLD,
+            mask_BL=mask_BL,
+            token_mask_BL=token_mask_BL,
+            gap_s_BL=self.gap_s_at(row_BL, mask_BL, as_of_B),
+            side={name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in self.side},
+            row_BL=row_BL,
+        )
+
+    def newest(self, begin_B: Tensor, end_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """(row_BL, mask_BL): the last rows of each [begin, end), left-padded with -1."""
+        row_BL = end_B[:, None] + torch.arange(-length, 0, device=self.device)
         mask_BL = row_BL >= begin_B[:, None]
-        row_BL = torch.where(mask_BL, row_BL, -1)
-        as_of_BL = as_of_us.to(self.device)[:, None]
-        published_BL = self._take(self.available_us_N, row_BL) < as_of_BL
+        return torch.where(mask_BL, row_BL, -1), mask_BL
+
+    def tokens_at(self, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(token_BLD, token_mask_BL) of rows of `newest`: 0 where not published before as_of."""
+        published_BL = self._take(self.available_us_N, row_BL) < as_of_B[:, None]
         token_mask_BL = mask_BL & published_BL
         token_BLD = self._take(self.token_ND, row_BL)
         if self.device.type == "cpu":
@@ -230,18 +245,28 @@ class IndexStore:
             token_BLD.flatten(0, 1).index_fill_(0, hidden, 0)
         else:
             token_BLD.masked_fill_(~token_mask_BL[..., None], 0)
-        gap_us_BL = as_of_BL - self._take(self.columns["event_time_us"], row_BL)
-        return Tokens(
-            token_BLD=token_BLD,
-            mask_BL=mask_BL,
-            token_mask_BL=token_mask_BL,
-            gap_s_BL=torch.where(mask_BL, (gap_us_BL.double() / 1e6).float(), 0.0),
-            side={name: self._side(name, row_BL, mask_BL, as_of_BL) for name in self.side},
-            row_BL=row_BL,
-        )
+        return token_BLD, token_mask_BL
+
+    def gap_s_at(self, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> Tensor:
+        """Seconds from the events of `newest` to as_of, [B, L] float32; 0 at padding."""
+        gap_us_BL = as_of_B[:, None] - self._take(self.columns["event_time_us"], row_BL)
+        return torch.where(mask_BL, (gap_us_BL.double() / 1e6).float(), 0.0)
+
+    def side_at(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> Tensor:
+        """One of `side` at rows of `newest`, [B, L] int32; a label not known by as_of is 0."""
+        value_BL = self._take(self.columns[name], row_BL).int()
+        if name.startswith("label_"):
+            time_us_N = self.columns["label_time_us_" + name.removeprefix("label_")]
+            is_known_BL = (value_BL >= 0) & (self._take(time_us_N, row_BL) < as_of_B[:, None])
+            return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
+        return torch.where(mask_BL, value_BL, 0)
 
     def fetch_items(self, item_ids: Tensor, as_of_us: Tensor) -> ItemTokens:
         """See TokenStore.fetch_items."""
+        return self.items_at(self.item_rows(item_ids, as_of_us))
+
+    def item_rows(self, item_ids: Tensor, as_of_us: Tensor) -> Tensor:
+        """[B] Where the newest value of each item published before as_of is; -1 without one."""
         as_of_us = as_of_us.to(self.device)
         place_B, is_known_B = find(self._item_ids_K, item_ids.to(self.device))
         last = len(self._item_offsets) - 1
@@ -250,8 +275,11 @@ class IndexStore:
         end_B = first_not_before(
             self._item_available_us_R, begin_B, stop_B, as_of_us, self._max_item_rows
         )
-        mask_B = end_B > begin_B
-        row_B = torch.where(mask_B, end_B - 1, -1)
+        return torch.where(end_B > begin_B, end_B - 1, -1)
+
+    def items_at(self, row_B: Tensor) -> ItemTokens:
+        """The item tokens at rows of `item_rows`."""
+        mask_B = row_B >= 0
         count_B = torch.where(mask_B, self._take(self._item_count_R, row_B), 0.0)
         mean_BD = self._take(self._item_sum_RD, row_B) / count_B[:, None]
         return ItemTokens(torch.where(mask_B[:, None], mean_BD, 0.0), mask_B, count_B)
@@ -271,14 +299,6 @@ class IndexStore:
         ids_BLS = self._take(ids_NS, row_BL).masked_fill_(is_padding_BL1, 0)
         numbers_BLM = self._take(numbers_NM, row_BL).masked_fill_(is_padding_BL1, float("nan"))
         return ids_BLS, numbers_BLM
-
-    def _side(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_BL: Tensor) -> Tensor:
-        value_BL = self._take(self.columns[name], row_BL).int()
-        if name.startswith("label_"):
-            time_us_N = self.columns["label_time_us_" + name.removeprefix("label_")]
-            is_known_BL = (value_BL >= 0) & (self._take(time_us_N, row_BL) < as_of_BL)
-            return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
-        return torch.where(mask_BL, value_BL, 0)
 
     def _bind(self, token: Array | Tensor, available: Array | Tensor, items: ItemArrays) -> None:
         if len(token) != len(self.index) or len(available) != len(self.index):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ def train(
     patience: int = 5,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (step, loss, detached) after each update. A step whose gradient is not finite is
-    skipped; `patience` in a row stop the run."""
+    skipped; `patience` in a row stop the run. The optimizer must be a fused one."""
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     num_bad = torch.zeros((), device=parameters[0].device)
@@ -35,22 +34,40 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         loss = loss_of(batch)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
-        is_finite = torch.isfinite(norm)
-        # On the device, without a wait: a bad step's gradients become zeros.
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.masked_fill_(~is_finite, 0.0)
-        num_bad = torch.where(is_finite, 0.0, num_bad + 1)
-        optimizer.step()
+        update(parameters, optimizer, max_norm, num_bad)
         if average is not None:
             average.update()
-        if step % 50 == 49 and float(num_bad) >= patience:
-            raise DivergedError(
-                f"{int(num_bad)} steps in a row without a finite gradient (step {step}); lower the "
-                f"learning rate"
-            )
+        if step % 50 == 49:
+            refuse_divergence(num_bad, step, patience)
         yield step, loss.detach()
+
+
+def update(
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    max_norm: float,
+    num_bad: Tensor,
+) -> None:
+    """One step of a fused optimizer on gradients clipped to `max_norm`, without a wait for the
+    device: none where the gradient is not finite, which `num_bad` counts in a row."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads, foreach=True)
+    is_bad = ~torch.isfinite(norm)
+    num_bad.copy_(torch.where(is_bad, num_bad + 1, 0.0))
+    # What a gradient scaler tells a fused optimizer: divide by this, and skip the step if that.
+    scaled: Any = optimizer
+    scaled.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    scaled.found_inf = is_bad.to(norm.dtype)
+    optimizer.step()
+
+
+def refuse_divergence(num_bad: Tensor, step: int, patience: int = 5) -> None:
+    """Stop a run whose last `patience` steps had no finite gradient; waits for the device."""
+    if float(num_bad) >= patience:
+        raise DivergedError(
+            f"{int(num_bad)} steps in a row without a finite gradient (step {step}); lower the "
+            f"learning rate"
+        )
 
 
 class WeightAverage:
@@ -61,30 +78,38 @@ class WeightAverage:
         self.model, self.decay, self.num_updates = model, decay, 0
         self.averaged = [p.detach().clone() for p in model.parameters()]
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Average in today's weights; early on the decay is shorter, so that the start is
-        forgotten."""
+    def next_share(self) -> float:
+        """Count one more update; what the live weights weigh in it. Early on more, so that the
+        start is forgotten."""
         self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(
-            self.averaged, [p.detach() for p in self.model.parameters()], 1 - decay
-        )
+        return 1 - min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+
+    def update(self) -> None:
+        """Average in today's weights."""
+        self.blend(self.next_share())
+
+    @torch.no_grad()
+    def blend(self, share: float | Tensor) -> None:
+        """Move the averaged weights by this share of the way to the live ones; a tensor is read on
+        its device."""
+        live = [p.detach() for p in self.model.parameters()]
+        if isinstance(share, float):
+            torch._foreach_lerp_(self.averaged, live, share)
+        else:
+            way = torch._foreach_sub(live, self.averaged)
+            torch._foreach_mul_(way, share)
+            torch._foreach_add_(self.averaged, way)
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange live and averaged weights; call again to undo."""
-        for parameter, averaged in zip(self.model.parameters(), self.averaged, strict=True):
-            held = parameter.detach().clone()
-            parameter.copy_(averaged)
-            averaged.copy_(held)
+        live = [p.detach() for p in self.model.parameters()]
+        held = [p.clone() for p in live]
+        torch._foreach_copy_(live, self.averaged)
+        torch._foreach_copy_(self.averaged, held)
 
     def __enter__(self) -> None:
         self.swap()
 
     def __exit__(self, *_: object) -> None:
         self.swap()
-
-
-def is_diverged(loss: Tensor) -> bool:
-    return not math.isfinite(float(loss))
