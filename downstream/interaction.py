@@ -57,6 +57,8 @@ class RequestState(NamedTuple):
 class SequenceRanker(nn.Module):
     """Embeddings, a sequence model, the token branch, feature tokens, RankMixer, head."""
 
+    side_slot_F: Tensor
+
     def __init__(
         self,
         config: RankerConfig,
@@ -69,6 +71,9 @@ class SequenceRanker(nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.config, self.inputs = config, inputs
+        # On the device: a list of places would be copied there by every step.
+        slots = torch.tensor(inputs.side_slots, dtype=torch.int64)
+        self.register_buffer("side_slot_F", slots, persistent=False)
         embedding = config.embedding
         self.bank = EmbeddingBank(vocabulary, embedding, seed=seed, std=config.embedding_std)
         self.user = FieldVectors(inputs.user, embedding)
@@ -145,7 +150,7 @@ class SequenceRanker(nn.Module):
         groups = {"item": candidate_RCX}
         cross = [self.match(batch.match_RCM)] if self.match is not None else []
         if self.sequence is not None:
-            side_RCX = vectors_RCSE[:, :, self.inputs.side_slots].flatten(2)
+            side_RCX = vectors_RCSE.index_select(2, self.side_slot_F).flatten(2)
             groups["history"] = self.sequence.read(state.sequence, side_RCX, candidate_RCX)
         item_slot_RCD = item_token_RCD = None
         if self.branch is not None and state.branch is not None:

@@ -10,7 +10,7 @@ Shape legend: n samples, R requests, C candidates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -19,15 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressor.training.capture import BUILDING
 from compressor.training.checkpoint import restore, state
 from compressor.training.loop import WeightAverage, train
 from downstream.batch import Ranker, RankerBatch
+from downstream.captured import PredictionStep, TrainingStep
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import DAY_US, RankerData
 from downstream.rankers import make_ranker
 from downstream.samples import Array
 
-PREDICT_REQUESTS = 256
+PREDICT_REQUESTS = 128
 VALIDATION_SHARE = 0.1
 
 Floats = npt.NDArray[np.float32]
@@ -67,23 +69,32 @@ class RankerTrainer:
     num_steps: int = 0
     num_rows: int = 0
     """Candidates that passed through training."""
+    is_captured: bool = False
+    """Steps are CUDA graphs (downstream/captured.py)."""
+    _training_step: TrainingStep | None = field(default=None, repr=False)
+    _prediction_step: PredictionStep | None = field(default=None, repr=False)
 
     @classmethod
     def create(
         cls, name: str, config: RankerConfig, training: RankerTraining, data: RankerData
     ) -> RankerTrainer:
-        """A fresh ranker on the data's device; weights depend on the seed alone."""
-        model = make_ranker(name, config, data.inputs, data.vocabulary, training.seed)
+        """A fresh ranker on the data's device; weights depend on the seed alone. On a GPU its steps
+        are captured."""
+        with BUILDING:
+            model = make_ranker(name, config, data.inputs, data.vocabulary, training.seed)
         model = model.to(data.device)
+        is_captured = data.device.type == "cuda"
         bank = [p for n, p in model.named_parameters() if n.startswith("bank.")]
         rest = [p for n, p in model.named_parameters() if not n.startswith("bank.")]
-        rate = training.learning_rate
+        rates = [training.learning_rate, training.learning_rate * training.embedding_factor]
         groups = [
-            {"params": rest, "lr": rate},
-            {"params": bank, "lr": rate * training.embedding_factor},
+            # A captured step reads its rate on the device, where a later one can be set.
+            {"params": p, "lr": torch.tensor(rate, device=data.device) if is_captured else rate}
+            for p, rate in zip((rest, bank), rates, strict=True)
         ]
-        optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
-        return cls(model, config, training, optimizer, WeightAverage(model, training.average))
+        optimizer = torch.optim.Adam(groups, fused=True, capturable=is_captured)
+        average = WeightAverage(model, training.average)
+        return cls(model, config, training, optimizer, average, is_captured=is_captured)
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on (random draws are functions of seed and day)."""
@@ -91,12 +102,20 @@ class RankerTrainer:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `state`."""
+        # The optimizer's state is other memory from here on.
+        self._training_step = None
         restore(tensors, self.model, self.optimizer, self.average)
 
     def train_on(
         self, data: RankerData, groups: Sequence[Array], known_before_us: int
     ) -> tuple[float, int]:
         """One step a group of pieces; returns (mean loss, steps)."""
+        self.num_steps += len(groups)
+        self.num_rows += int(sum(data.pieces.size[group].sum() for group in groups))
+        if not groups:
+            return float("nan"), 0
+        if self.is_captured:
+            return self._training_on(data).run(groups, known_before_us), len(groups)
 
         def batches() -> Iterator[RankerBatch]:
             for group in groups:
@@ -109,9 +128,31 @@ class RankerTrainer:
         )
         for _step, loss in steps:
             total += loss
-        self.num_steps += len(groups)
-        self.num_rows += int(sum(data.pieces.size[group].sum() for group in groups))
-        return (float(total) / len(groups) if groups else float("nan")), len(groups)
+        return float(total) / len(groups), len(groups)
+
+    def _training_on(self, data: RankerData) -> TrainingStep:
+        """The captured step over this data: captured once, as long as the data stays."""
+        held = self._training_step
+        if held is None or held.data is not data:
+            held = self._training_step = TrainingStep(
+                data,
+                self.config,
+                self.model,
+                self.loss,
+                self.optimizer,
+                self.average,
+                num_pieces=self.training.batch_requests,
+                max_norm=self.training.max_norm,
+            )
+        return held
+
+    def _prediction_on(self, data: RankerData) -> PredictionStep:
+        held = self._prediction_step
+        if held is None or held.data is not data:
+            held = self._prediction_step = PredictionStep(
+                data, self.config, self.model, num_pieces=PREDICT_REQUESTS
+            )
+        return held
 
     def loss(self, batch: RankerBatch) -> Tensor:
         """Mean cross-entropy of known labels, plus what the ranker adds by `losses`."""
@@ -128,6 +169,11 @@ class RankerTrainer:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
         self.model.eval()
         sample, score = [], []
+        if self.is_captured:
+            with self.average:
+                samples, scores = self._prediction_on(data).run(pieces)
+            is_there = samples >= 0
+            return samples[is_there], scores[is_there]
         with self.average:
             for start in range(0, len(pieces), PREDICT_REQUESTS):
                 batch = data.batch(pieces[start : start + PREDICT_REQUESTS], self.config)
@@ -181,11 +227,10 @@ def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[Epoch
     num_held = max(1, round(len(days) * VALIDATION_SHARE)) if len(days) > 1 else 0
     border = days.stop - num_held
     pieces, held_out = data.of_days(days.start, border), data.of_days(border, days.stop)
-    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    rates = [float(group["lr"]) for group in trainer.optimizer.param_groups]
     best, best_loss, num_worse = trainer.state(), float("inf"), 0
     for epoch in range(training.epochs):
-        for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - 0.9 * epoch / training.epochs)
+        _set_rates(trainer, [rate * (1 - 0.9 * epoch / training.epochs) for rate in rates])
         order = np.random.default_rng([training.seed, epoch]).permutation(pieces)
         # What a pass over days before the border may know is what was known at the border.
         groups = _groups(order, training.batch_requests)
@@ -201,9 +246,17 @@ def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[Epoch
         yield EpochResult(epoch, loss, held_loss, bool(is_best))
         if num_worse >= training.patience:
             break
-    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    _set_rates(trainer, rates)
     trainer.restore(best)
+
+
+def _set_rates(trainer: RankerTrainer, rates: Sequence[float]) -> None:
+    """A rate on the device stays where it is: captured steps read it there."""
+    for group, rate in zip(trainer.optimizer.param_groups, rates, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _log_loss(
