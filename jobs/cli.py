@@ -19,7 +19,15 @@ import tyro
 from pipelines.errors import CheckFailedError, InputError, RetryableError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "quickstart": (
+        "jobs.quickstart",
+        "the whole chain on a real log: tables, compressors, rankers, leak proof, report",
+    ),
     "init": ("jobs.init", "draft a domain file from a Parquet, CSV or Delta source"),
+    "build": (
+        "jobs.build",
+        "the next three in one Spark session",
+    ),
     "build-instances": (
         "jobs.build_instances",
         "raw events -> instances; what breaks a rule goes to quarantine",
