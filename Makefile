@@ -1,6 +1,6 @@
 # Everything runs from a fresh clone: each target sets up what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup test check lock
+.PHONY: help setup quickstart test check lock
 
 # The first Python that is new enough.
 PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.14 python3.11; do \
@@ -15,6 +15,9 @@ setup: ## the environment in .venv: packages, Java if there is none, Delta's jar
 			"Install one (Debian, Ubuntu: apt install python3 python3-venv), or run make PYTHON=/path/to/python3.11" >&2; \
 		exit 2; fi
 	@$(PYTHON) -m jobs.setup
+
+quickstart: setup ## the whole chain on a real grocery log, from nothing to report/report.html (ARGS='--households 20')
+	@.venv/bin/iat quickstart $(ARGS)
 
 test: setup ## the tests (ARGS='-k days' runs some)
 	@.venv/bin/python -m pytest $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -100,7 +101,7 @@ def run(argv: list[str]) -> int:
         args = tyro.cli(
             module.Args,
             prog=f"iat {name}",
-            description=f"{module.Args.__doc__}\n\n{JSON_HELP}",
+            description=f"{inspect.getdoc(module.Args)}\n\n{JSON_HELP}",
             args=flags,
         )
         write_json(target, module.main(args))
