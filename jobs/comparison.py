@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ from compressor.walk import Trainer, fit, walk
 from downstream.configs import RankerConfig, RankerTraining, arm
 from downstream.data import RankerData, with_shuffled_tokens
 from downstream.index_arrays import ItemArrays, LineArrays
+from downstream.samples import Samples
 from downstream.streaming import RankerTrainer
 from downstream.streaming import fit as fit_ranker
 from downstream.streaming import walk as walk_ranker
@@ -104,6 +105,7 @@ class Predictions:
     seconds: float
     num_rows: int
     """Candidates that passed through training."""
+    seed: int = 0
 
 
 def run_arm(
@@ -132,7 +134,8 @@ def run_arm(
         for _ in fit_ranker(trainer, data, range(days.start, test_from)):
             pass
         sample, score = trainer.predict(data, data.of_days(test_from, days.stop))
-    return Predictions(sample, score, time.perf_counter() - started, trainer.num_rows)
+    seconds = time.perf_counter() - started
+    return Predictions(sample, score, seconds, trainer.num_rows, training.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +236,16 @@ def restrict(result: LineResult, keep: Array) -> LineResult:
 WINDOW_METRICS = ("auc", "gauc", "log_loss", "normalised_entropy")
 
 
-def window(data: RankerData, days: range, first_share: float, last_share: float) -> Array:
+class HasSamples(Protocol):
+    """What metrics read of RankerData."""
+
+    @property
+    def samples(self) -> Samples: ...
+
+    def __len__(self) -> int: ...
+
+
+def window(data: HasSamples, days: range, first_share: float, last_share: float) -> Array:
     """Samples whose moment lies between two shares of the days, label known."""
     begin, end = (days.start + round(len(days) * share) for share in (first_share, last_share))
     day = data.samples.as_of_us // DAY_US
@@ -247,61 +259,89 @@ def scores_of(predictions: Predictions, num_samples: int) -> Array:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class WindowScores:
+    """The rows of a window that every arm and seed has predicted."""
+
+    user: Array
+    label: Array
+    scores: Mapping[str, Array]
+    """[seeds, rows] by arm."""
+    arms: Mapping[str, Sequence[Predictions]]
+
+    def beside_base(self, name: str) -> WindowScores:
+        """One arm and the base: what the arm's row is made of."""
+        kept = [n for n in (name, BASE) if n in self.scores]
+        arms = {n: [replace(p, sample=_NONE, score=_NONE) for p in self.arms[n]] for n in kept}
+        return WindowScores(self.user, self.label, {n: self.scores[n] for n in kept}, arms)
+
+
+_NONE = np.zeros(0)
+
+
+def on_window(
+    arms: Mapping[str, Sequence[Predictions]], data: HasSamples, inside: Array
+) -> WindowScores:
+    """Scores of all arms on the window's samples."""
+    at = np.flatnonzero(inside)
+    scores = {
+        name: np.stack([scores_of(p, len(data))[at] for p in found]) for name, found in arms.items()
+    }
+    predicted = np.ones(len(at), bool)
+    for of_arm in scores.values():
+        predicted &= ~np.isnan(of_arm).any(axis=0)
+    scores = {name: of_arm[:, predicted] for name, of_arm in scores.items()}
+    at = at[predicted]
+    return WindowScores(data.samples.user_id[at], data.samples.label[at], scores, dict(arms))
+
+
+SHORT = {"log_loss": "logloss", "normalised_entropy": "ne"}
+DIFFERENCES = {"auc": "diff_auc", "gauc": "diff_gauc", "log_loss": "diff_logloss"}
+
+
+def arm_row(name: str, held: WindowScores, *, bootstraps: int = 200) -> dict[str, Any]:
+    """An arm's metrics with intervals over users (mean over seeds), and its differences to the base
+    over users and the seeds that both have."""
+    user, label, found = held.user, held.label, held.arms[name]
+    row: dict[str, Any] = {"name": name, "num_rows": len(label), "num_seeds": len(found)}
+    by_seed = [
+        metrics.user_bootstrap(user, label, score, WINDOW_METRICS, num=bootstraps)
+        for score in held.scores[name]
+    ]
+    for metric in WINDOW_METRICS:
+        key = SHORT.get(metric, metric)
+        value, low, high = np.mean([drawn[metric] for drawn in by_seed], axis=0)
+        row |= {key: float(value), f"{key}_low": float(low), f"{key}_high": float(high)}
+    base = [p.seed for p in held.arms.get(BASE, ())]
+    paired = [p.seed for p in found if p.seed in base]
+    if name != BASE and paired:
+        ours = held.scores[name][[p.seed in paired for p in found]]
+        theirs = held.scores[BASE][[base.index(seed) for seed in paired]]
+        for metric, key in DIFFERENCES.items():
+            value, low, high = metrics.paired_difference(
+                user, label, ours, theirs, metric, num=bootstraps
+            )
+            short = "diff" if metric == "auc" else key
+            row |= {key: value, f"{short}_low": low, f"{short}_high": high}
+        row["paired_seeds"] = paired
+    row["seconds"] = float(np.mean([p.seconds for p in found]))
+    row["trained_rows"] = int(np.mean([p.num_rows for p in found]))
+    return row
+
+
 def summarise(
     arms: Mapping[str, Sequence[Predictions]],
-    data: RankerData,
+    data: HasSamples,
     inside: Array,
     *,
     bootstraps: int = 200,
-    with_difference: bool = True,
 ) -> list[dict[str, Any]]:
-    """One row per arm on the window's samples: metrics with intervals over users (mean over
-    seeds), differences to the base over users and seeds."""
-    scores = {
-        name: np.stack([scores_of(p, len(data)) for p in found]) for name, found in arms.items()
-    }
-    predicted = np.all([~np.isnan(s).any(axis=0) for s in scores.values()], axis=0) & inside
-    user, label = data.samples.user_id[predicted], data.samples.label[predicted]
-    scores = {name: s[:, predicted] for name, s in scores.items()}
-    rows = []
-    for name, found in arms.items():
-        by_seed = [
-            metrics.user_bootstrap(user, label, s, WINDOW_METRICS, num=bootstraps)
-            for s in scores[name]
-        ]
-        row: dict[str, Any] = {
-            "name": name,
-            "num_rows": int(predicted.sum()),
-            "num_seeds": len(found),
-        }
-        for metric in WINDOW_METRICS:
-            values = [b[metric] for b in by_seed]
-            key = {"log_loss": "logloss", "normalised_entropy": "ne"}.get(metric, metric)
-            row[key] = float(np.mean([v.value for v in values]))
-            row[f"{key}_low"] = float(np.mean([v.low for v in values]))
-            row[f"{key}_high"] = float(np.mean([v.high for v in values]))
-        if with_difference and BASE in scores and name != BASE:
-            for metric, key in (
-                ("auc", "diff_auc"),
-                ("gauc", "diff_gauc"),
-                ("log_loss", "diff_logloss"),
-            ):
-                paired = metrics.paired_difference(
-                    user, label, scores[name], scores[BASE], metric, num=bootstraps
-                )
-                short = "diff" if metric == "auc" else key
-                row[key], row[f"{short}_low"], row[f"{short}_high"] = (
-                    paired.value,
-                    paired.low,
-                    paired.high,
-                )
-        row["seconds"] = float(np.mean([p.seconds for p in found]))
-        row["trained_rows"] = int(np.mean([p.num_rows for p in found]))
-        rows.append(row)
-    return rows
+    """One row per arm on the window's samples (`arm_row`)."""
+    held = on_window(arms, data, inside)
+    return [arm_row(name, held, bootstraps=bootstraps) for name in arms]
 
 
-def weekly_auc(data: RankerData, predictions: Predictions, days: range) -> list[dict[str, Any]]:
+def weekly_auc(data: HasSamples, predictions: Predictions, days: range) -> list[dict[str, Any]]:
     """Progressive AUC week by week."""
     score = scores_of(predictions, len(data))
     week = (data.samples.as_of_us // DAY_US - days.start) // 7

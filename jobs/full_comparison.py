@@ -1,41 +1,53 @@
-"""All arms of the comparison over several seeds, many processes on one GPU (or a few on a CPU);
-both windows, with intervals."""
+"""All arms of the comparison over several seeds: many at once on one GPU, on several, or on a CPU.
+
+Everything that is finished lies in a folder, whole or not at all: a run that is cut, by its limit
+or by a kill, goes on from there, and a report can be made of what is there. Compressor lines are
+bound by the host, so each has a process; a ranker's steps are captured, so many arms share a
+process and the data in it, each on its own stream.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from tqdm import tqdm
 
 from compressor.configs import SourceConfig, TrainingConfig
 from compressor.data import DAY_US
+from compressor.training import metrics
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import RankerData
-from downstream.index_arrays import ItemArrays, LineArrays
-from downstream.user_index import IndexStore, UserIndex
-from jobs import comparison
-from jobs.comparison import LINES, Arm, Predictions
-from pipelines import tables
+from downstream.samples import Samples
+from jobs import comparison, prepared
+from jobs.comparison import BASE, LINES, Arm, Predictions
 from pipelines.domain import Domain
-from pipelines.features import FeatureLayout, arrays, times_us
+from pipelines.errors import InputError
+from pipelines.features import times_us
 from pipelines.splits import users_kept
 
 log = logging.getLogger(__name__)
 
 FROZEN_COMPRESSOR, FROZEN_TEST = 0.45, 0.85
 WINDOWS = {"last 15% of time": (0.85, 1.0), "the 15% before": (0.70, 0.85)}
+FROZEN_WINDOWS = {"test: last 15% of time": (FROZEN_TEST, 1.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,38 +67,148 @@ class Plan:
     config: RankerConfig = field(default_factory=RankerConfig)
     training: RankerTraining = field(default_factory=RankerTraining)
     threads: int = 1
+    """Of each process's arithmetic on a CPU."""
+
+    @property
+    def windows(self) -> dict[str, tuple[float, float]]:
+        return FROZEN_WINDOWS if self.protocol == "frozen" else WINDOWS
+
+    def settings(self) -> dict[str, Any]:
+        """What every result of one folder shares: all but which arms and seeds, and where."""
+        shared = ("protocol", "ranker", "user_share", "user_seed")
+        configs = ("source", "compressor", "config", "training")
+        found = {name: getattr(self, name) for name in shared}
+        found |= {name: asdict(getattr(self, name)) for name in configs}
+        return found | {"domain": self.domain.name}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crew:
+    """How many run at once, on each GPU or on the CPU."""
+
+    line_processes: int = 1
+    """Processes for compressor lines alone; 0: the arms' processes make them."""
+    arm_processes: int = 1
+    arms_at_once: int = 1
+    """Arms that train in one process."""
+
+
+CPU_CREW = Crew(line_processes=0, arm_processes=2)
+GPU_CREW = Crew(line_processes=6, arm_processes=1, arms_at_once=8)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A line or an arm with one seed."""
+
+    kind: str
+    name: str
+    seed: int
+
+
+class Results:
+    """What is finished, in a folder; each line and each arm appears whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def claim(self, plan: Plan, rows: pa.Table) -> None:
+        """Make the folder this plan's; one that holds results of another plan is refused."""
+        wanted = json.loads(json.dumps(plan.settings() | {"rows": len(rows)}, default=str))
+        path = self.folder / "settings.json"
+        if path.exists():
+            held = json.loads(path.read_text())
+            differing = [k for k in wanted if held.get(k) != wanted[k]]
+            if differing:
+                raise InputError(
+                    f"{self.folder} holds results with other {', '.join(differing)}; remove it, or "
+                    "give another folder"
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_text(path, json.dumps(wanted, indent=1))
+
+    def path(self, task: Task) -> Path:
+        kind = {"line": "lines", "arm": "arms"}[task.kind]
+        name = "".join(c if c.isalnum() else "-" for c in task.name)
+        # Names that differ in signs alone stay apart.
+        digest = hashlib.sha256(task.name.encode()).hexdigest()[:6]
+        return self.folder / kind / f"{name}.{digest}.{task.seed}"
+
+    def has(self, task: Task) -> bool:
+        return self.path(task).is_dir()
+
+    def write(self, task: Task, held: prepared.Arrays, about: dict[str, Any]) -> None:
+        text = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        prepared.save(self.path(task), {**held, "about": text})
+
+    def about(self, task: Task) -> dict[str, Any]:
+        """What is said of a finished line or arm."""
+        found: dict[str, Any] = json.loads(np.load(self.path(task) / "about.npy").tobytes())
+        return found
+
+    def predictions(self, task: Task) -> Predictions:
+        held, about = prepared.opened(self.path(task)), self.about(task)
+        return Predictions(
+            held["sample"], held["score"], about["seconds"], about["num_rows"], seed=task.seed
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(path)
+
+
+def prepare(plan: Plan, rows: pa.Table, folder: Path) -> None:
+    """What workers map into memory: the ranker's samples and index, and the streams of its users
+    and of all."""
+    own = rows
+    if plan.user_share < 1:
+        user_id = rows.column("user_id").to_numpy()
+        own = rows.filter(pa.array(users_kept(user_id, plan.user_share, plan.user_seed)))
+    days = times_us(rows, "event_time") // DAY_US
+    span = np.array([days.min(), days.max() + 1])
+    device = plan.device
+    prepared.once(
+        folder / "samples",
+        lambda: {**prepared.ranker_arrays(own, plan.domain, device), "days": span},
+    )
+    lines = [LINES[a.line] for a in plan.arms if a.line]
+    if any(not line.is_all_users for line in lines):
+        prepared.once(folder / "own", lambda: prepared.stream_arrays(own, plan.domain))
+    if any(line.is_all_users for line in lines):
+        prepared.once(folder / "all", lambda: prepared.stream_arrays(rows, plan.domain))
 
 
 class Workspace:
-    """One process's data: stream rows of all users and of the ranker's, the index, the samples."""
+    """One process's data, read from the prepared folder as it is needed."""
 
-    def __init__(self, plan: Plan, rows: pa.Table, scratch: Path) -> None:
-        torch.set_num_threads(plan.threads)
-        self.plan, self.scratch = plan, scratch
-        self.rows = rows
-        user_id = rows.column("user_id").to_numpy()
-        self.own = (
-            rows
-            if plan.user_share >= 1
-            else rows.filter(pa.array(users_kept(user_id, plan.user_share, plan.user_seed)))
-        )
-        days = times_us(rows, "event_time") // DAY_US
-        self.days = range(int(days.min()), int(days.max()) + 1)
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        self.plan, self.data_folder, self.results = plan, folder / "data", Results(folder)
+        self.held = prepared.opened(self.data_folder / "samples")
+        self.days = range(*map(int, self.held["days"]))
         self._samples: RankerData | None = None
-
-    @property
-    def frozen_at(self) -> int | None:
-        return self.border(FROZEN_COMPRESSOR) if self.plan.protocol == "frozen" else None
+        self._streams: dict[str, Any] = {}
+        self._loading = threading.Lock()
 
     def border(self, share: float) -> int:
         return self.days.start + round(len(self.days) * share)
 
-    def line(self, name: str, seed: int) -> dict[str, Any]:
-        """Make a line's tokens and keep them on disk for the arms that read them."""
-        plan, line = self.plan, LINES[name]
-        rows = self.rows if line.is_all_users else self.own
-        data, vocabulary = comparison.stream_of(rows, plan.domain, plan.device)
-        training = replace(plan.compressor, seed=seed)
+    def run(self, task: Task) -> None:
+        """Make a line or an arm and keep it in the folder."""
+        if task.kind == "line":
+            self._line(task)
+        else:
+            self._arm(task)
+
+    def _line(self, task: Task) -> None:
+        plan, line = self.plan, LINES[task.name]
+        whose = "all" if line.is_all_users else "own"
+        with self._loading:
+            if whose not in self._streams:
+                held = prepared.opened(self.data_folder / whose)
+                self._streams[whose] = prepared.stream(held, plan.device)
+        data, vocabulary = self._streams[whose]
         made = comparison.make_line(
             line,
             data,
@@ -94,186 +216,331 @@ class Workspace:
             vocabulary,
             self.days,
             plan.source,
-            training,
+            replace(plan.compressor, seed=task.seed),
             plan.device,
-            frozen_at=self.frozen_at,
+            frozen_at=self.border(FROZEN_COMPRESSOR) if plan.protocol == "frozen" else None,
         )
         if line.is_all_users and plan.user_share < 1:
             made = comparison.restrict(
                 made, users_kept(data.user_id[data.events], plan.user_share, plan.user_seed)
             )
-        tokens = made.tokens
-        np.savez(
-            self.scratch / f"{name}-{seed}.npz",
-            token=tokens.token,
-            available=tokens.available_us,
-            **{f"item_{k}": v for k, v in vars_of(tokens.items).items()},
-        )
-        return {
-            "line": name,
-            "seed": seed,
+        about = {
+            "line": task.name,
+            "seed": task.seed,
             "source_auc": made.source_auc,
             "seconds": made.seconds,
             "drift": made.drift,
         }
+        self.results.write(task, prepared.line_arrays(made.tokens), about)
 
-    def arm(self, chosen: Arm, seed: int) -> Predictions:
-        """Train one arm with one seed; reads its line's tokens of the same seed."""
+    def _arm(self, task: Task) -> None:
+        """Train one arm with one seed; it reads its line's tokens of the same seed."""
         plan, data = self.plan, self.samples()
+        chosen = next(a for a in plan.arms if a.name == task.name)
         if chosen.line:
-            with np.load(self.scratch / f"{chosen.line}-{seed}.npz") as held:
-                items = ItemArrays(
-                    **{
-                        k.removeprefix("item_"): held[k]
-                        for k in held.files
-                        if k.startswith("item_")
-                    }
-                )
-                line = LineArrays(held["token"], held["available"], items)
-            data = data.with_store(comparison.store_of(data.store, line))
-        training = replace(plan.training, seed=seed)
+            held = prepared.opened(self.results.path(Task("line", chosen.line, task.seed)))
+            data = data.with_store(comparison.store_of(data.store, prepared.line(held)))
         frozen = plan.protocol == "frozen"
         days = range(self.border(FROZEN_COMPRESSOR), self.days.stop) if frozen else self.days
-        test_from = self.border(FROZEN_TEST) if frozen else None
-        return comparison.run_arm(
-            chosen, data, plan.ranker, plan.config, training, days, test_from=test_from
+        found = comparison.run_arm(
+            chosen,
+            data,
+            plan.ranker,
+            plan.config,
+            replace(plan.training, seed=task.seed),
+            days,
+            test_from=self.border(FROZEN_TEST) if frozen else None,
         )
+        about = {"seconds": found.seconds, "num_rows": found.num_rows}
+        self.results.write(task, {"sample": found.sample, "score": found.score}, about)
 
     def samples(self) -> RankerData:
-        if self._samples is None:
-            plan = self.plan
-            store = IndexStore(index_of(self.own, plan.domain), None, plan.device)
-            self._samples = RankerData.load(
-                samples_of(self.own, plan.domain), plan.domain, store, fields=True
-            )
-        return self._samples
+        with self._loading:
+            if self._samples is None:
+                self._samples = prepared.ranker(self.held, self.plan.domain, self.plan.device)
+            return self._samples
 
 
-def vars_of(items: ItemArrays) -> dict[str, Any]:
-    return {
-        name: getattr(items, name)
-        for name in ("item_ids", "offsets", "available_us", "decayed_sum", "decayed_count")
-    }
+def _work(
+    plan: Plan, folder: Path, gpu: str | None, threads: int, number: int, tasks: Any, done: Any
+) -> None:
+    """A worker process: threads that take tasks until told to stop."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    torch.set_num_threads(plan.threads)
+    torch.set_float32_matmul_precision("high")
+    workspace = Workspace(plan, folder)
+
+    def take() -> None:
+        with _own_stream(plan.device):
+            while (task := tasks.get()) is not None:
+                try:
+                    workspace.run(task)
+                    done.put((number, task, None))
+                except BaseException:  # a thread's error is the parent's to report
+                    done.put((number, task, traceback.format_exc()))
+
+    takers = [threading.Thread(target=take, daemon=True) for _ in range(threads)]
+    for taker in takers:
+        taker.start()
+    for taker in takers:
+        taker.join()
 
 
-def samples_of(rows: pa.Table, domain: Domain) -> pa.Table:
-    """Stream rows as ranker samples: the columns of that table, event_time as as_of."""
-    names = ["as_of" if name == "event_time" else name for name in rows.schema.names]
-    table = tables.ranker_samples(domain)
-    return (
-        rows.rename_columns(names)
-        .select(table.schema.names)
-        .sort_by([(c, "ascending") for c in table.sort_by])
-    )
+@contextmanager
+def _own_stream(device: str) -> Iterator[None]:
+    """On a GPU, work of this thread that overlaps that of the others."""
+    if not device.startswith("cuda"):
+        yield
+        return
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
 
 
-def index_of(rows: pa.Table, domain: Domain) -> UserIndex:
-    """An index in memory of the rows' events, with all logged fields."""
-    events = rows.filter(pc.invert(rows.column("is_sampled")))
-    events = events.sort_by([(c, "ascending") for c in ("user_id", "event_time", "instance_id")])
-    side = {
-        f.stream_column: events.column(f.stream_column).to_numpy() for f in domain.side_features
-    }
-    labels = {
-        x.name: (
-            pc.fill_null(events.column(f"label_{x.name}"), -1).to_numpy(),
-            times_us(events, f"label_time_{x.name}"),
+def gpus(device: str) -> list[str | None]:
+    """The GPUs to share the work, as CUDA_VISIBLE_DEVICES names them; of a CPU one that is none."""
+    if not device.startswith("cuda"):
+        return [None]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
+    return [*names]
+
+
+@dataclass
+class Worker:
+    """A process, the kinds of task it takes, and how many more it has room for."""
+
+    process: SpawnProcess
+    tasks: Any
+    kinds: tuple[str, ...]
+    free: int
+
+
+class Gang:
+    """The worker processes of a run, ended with it."""
+
+    def __init__(self, plan: Plan, folder: Path, crew: Crew) -> None:
+        self._context = get_context("spawn")
+        self.done = self._context.Queue()
+        self.workers: list[Worker] = []
+        both = ("arm",) if crew.line_processes else ("line", "arm")
+        for gpu in gpus(plan.device):
+            for _ in range(crew.line_processes):
+                self._start(plan, folder, gpu, ("line",), 1)
+            for _ in range(crew.arm_processes):
+                self._start(plan, folder, gpu, both, crew.arms_at_once)
+
+    def _start(
+        self, plan: Plan, folder: Path, gpu: str | None, kinds: tuple[str, ...], threads: int
+    ) -> None:
+        tasks = self._context.Queue()
+        number = len(self.workers)
+        process = self._context.Process(
+            target=_work, args=(plan, folder, gpu, threads, number, tasks, self.done), daemon=True
         )
-        for x in domain.labels
-    }
-    index = UserIndex.from_arrays(
-        user_id=events.column("user_id").to_numpy(),
-        event_time_us=times_us(events, "event_time"),
-        item_id=events.column("item_id").to_numpy(),
-        instance_id=events.column("instance_id").to_numpy(),
-        side=side,
-        labels=labels,
-    )
-    found = arrays(events, FeatureLayout.of(domain))
-    return replace(index, arrays={**index.arrays, "ids": found.ids, "numbers": found.numbers})
+        process.start()
+        self.workers.append(Worker(process, tasks, kinds, threads))
 
+    def give(self, waiting: list[Task]) -> int:
+        """Hand out what there is room for, in order; returns how many."""
+        given = 0
+        for task in list(waiting):
+            able = [w for w in self.workers if w.free and task.kind in w.kinds]
+            if able:
+                worker = max(able, key=lambda w: w.free)
+                worker.free -= 1
+                worker.tasks.put(task)
+                waiting.remove(task)
+                given += 1
+        return given
 
-_workspace: Workspace | None = None
+    def next_done(self, timeout_s: float) -> tuple[Task, str | None] | None:
+        """The next finished task and its error, if any; None if none came in time."""
+        try:
+            number, task, error = self.done.get(timeout=timeout_s)
+        except Empty:
+            dead = [w for w in self.workers if not w.process.is_alive()]
+            if dead:
+                raise RuntimeError(
+                    f"a worker ended with exit code {dead[0].process.exitcode}; what is finished "
+                    "is kept, start the run again to go on"
+                ) from None
+            return None
+        self.workers[number].free += 1
+        return task, error
 
-
-def _start(plan: Plan, load_rows: Callable[[], pa.Table], scratch: Path) -> None:
-    global _workspace
-    _workspace = Workspace(plan, load_rows(), scratch)
-
-
-def _line(name: str, seed: int) -> dict[str, Any]:
-    assert _workspace is not None
-    return _workspace.line(name, seed)
-
-
-def _arm(chosen: Arm, seed: int) -> Predictions:
-    assert _workspace is not None
-    return _workspace.arm(chosen, seed)
+    def end(self) -> None:
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.process.join()
 
 
 def run(
     plan: Plan,
     load_rows: Callable[[], pa.Table],
-    scratch: Path,
+    folder: Path,
     *,
-    workers: int,
-    windows: dict[str, tuple[float, float]] | None = None,
+    crew: Crew | None = None,
+    limit_s: float | None = None,
 ) -> dict[str, Any]:
-    """All arms and seeds; lines first, each arm as soon as its line is there. Returns the report's
-    sections."""
+    """All lines, arms and seeds that the folder does not hold yet, each arm as soon as its line is
+    there; returns the report's sections.
+
+    Args:
+        limit_s: seconds after which no result is waited for and the report is made of what is
+            there.
+    """
     started = time.perf_counter()
+    results = Results(folder)
+    rows = load_rows()
+    results.claim(plan, rows)
+    prepare(plan, rows, folder / "data")
+    del rows
+    log.info("data prepared in %.0f s", time.perf_counter() - started)
+    lines, arms = tasks_of(plan)
+    waiting = [task for task in lines if not results.has(task)]
+    blocked = [task for task in arms if not results.has(task)]
+    if waiting or blocked:
+        default = GPU_CREW if plan.device.startswith("cuda") else CPU_CREW
+        _run_tasks(plan, results, waiting, blocked, crew or default, started, limit_s)
+    report = report_of(plan, folder)
+    report["seconds"] = time.perf_counter() - started
+    _write_text(folder / "report.json", json.dumps(report, indent=1))
+    return report
+
+
+def tasks_of(plan: Plan) -> tuple[list[Task], list[Task]]:
+    """Lines and arms, seed by seed, so that what a cut run leaves is whole seeds; in a seed the
+    slowest first."""
     wanted = {a.line for a in plan.arms if a.line}
-    lines: list[dict[str, Any]] = []
-    found: dict[str, dict[int, Predictions]] = {a.name: {} for a in plan.arms}
-    scratch.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(
-        workers, get_context("spawn"), _start, (plan, load_rows, scratch)
-    ) as pool:
-        jobs: dict[Future[Any], tuple[str, Any, int]] = {}
-        # The slowest first: lines over all users, then the others, then arms.
-        for name in sorted(
-            wanted, key=lambda n: (not LINES[n].is_trained, not LINES[n].is_all_users, n)
-        ):
-            jobs |= {pool.submit(_line, name, seed): ("line", name, seed) for seed in plan.seeds}
-        for chosen in plan.arms:
-            if not chosen.line:
-                jobs |= {
-                    pool.submit(_arm, chosen, seed): ("arm", chosen, seed) for seed in plan.seeds
-                }
-        bar = tqdm(
-            total=len(wanted) * len(plan.seeds) + len(plan.arms) * len(plan.seeds),
-            desc=f"{plan.domain.name} {plan.protocol}",
-            unit="run",
-        )
-        while jobs:
-            done, _ = wait(jobs, return_when=FIRST_COMPLETED)
-            for future in done:
-                kind, what, seed = jobs.pop(future)
-                bar.update()
-                if kind == "line":
-                    lines.append(future.result())
-                    log.info("%s", json.dumps(lines[-1]))
-                    for chosen in plan.arms:
-                        if chosen.line == what:
-                            jobs[pool.submit(_arm, chosen, seed)] = ("arm", chosen, seed)
-                else:
-                    found[what.name][seed] = future.result()
-                    log.info("%s seed %d: %.0f s", what.name, seed, found[what.name][seed].seconds)
+    order = sorted(wanted, key=lambda n: (not LINES[n].is_trained, not LINES[n].is_all_users, n))
+    lines = [Task("line", name, seed) for seed in plan.seeds for name in order]
+    return lines, [Task("arm", a.name, seed) for seed in plan.seeds for a in plan.arms]
+
+
+def _run_tasks(
+    plan: Plan,
+    results: Results,
+    waiting: list[Task],
+    blocked: list[Task],
+    crew: Crew,
+    started: float,
+    limit_s: float | None,
+) -> None:
+    line_of = {a.name: a.line for a in plan.arms}
+
+    def is_open(task: Task) -> bool:
+        name = line_of[task.name]
+        return not name or results.has(Task("line", name, task.seed))
+
+    gang, running, failures = Gang(plan, results.folder, crew), 0, []
+    judge = _Judge(plan, results)
+    bar = tqdm(
+        total=len(waiting) + len(blocked),
+        desc=f"{plan.domain.name} {plan.protocol}",
+        unit="run",
+        mininterval=5,
+    )
+    try:
+        while True:
+            opened = [task for task in blocked if is_open(task)]
+            blocked = [task for task in blocked if task not in opened]
+            waiting += opened
+            running += gang.give(waiting)
+            if not running:
+                break
+            left_s = float("inf") if limit_s is None else started + limit_s - time.perf_counter()
+            if left_s <= 0:
+                log.warning("%d runs are left at the limit of %.0f s", bar.total - bar.n, limit_s)
+                break
+            found = gang.next_done(min(5.0, left_s))
+            if found is None:
+                continue
+            running -= 1
+            task, error = found
+            bar.update()
+            if error is None:
+                log.info("%s", judge.line(task))
+            else:
+                failures.append(f"{task.name} seed {task.seed}")
+                log.error("%s seed %d failed: %s", task.name, task.seed, error)
+    finally:
+        gang.end()
         bar.close()
-    workspace = Workspace(replace(plan, device="cpu"), load_rows(), scratch)
-    data = _labels_only(workspace)
-    arms = {name: [by_seed[s] for s in plan.seeds] for name, by_seed in found.items()}
-    chosen_windows = windows or WINDOWS
-    if plan.protocol == "frozen":
-        chosen_windows = {"test: last 15% of time": (FROZEN_TEST, 1.0)}
+    if failures:
+        raise RuntimeError(
+            f"{len(failures)} runs failed ({', '.join(failures)}; see the log); the others are "
+            "kept, start the run again to go on"
+        )
+
+
+class _Judge:
+    """A line of text on what has just been finished."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.results = plan, results
+        self.scored = Scored.opened(results.folder)
+
+    def line(self, task: Task) -> str:
+        about = self.results.about(task)
+        if task.kind == "line":
+            return (
+                f"line {task.name} seed {task.seed}: source AUC {about['source_auc']:.4f}, "
+                f"{about['seconds']:.0f} s"
+            )
+        values = [self._auc(task, *shares) for shares in self.plan.windows.values()]
+        text = f"{task.name} seed {task.seed}: {about['seconds']:.0f} s"
+        base = Task("arm", BASE, task.seed)
+        for place, (name, value) in enumerate(zip(self.plan.windows, values, strict=True)):
+            text += f"; {name} AUC {value:.4f}"
+            if task.name != BASE and self.results.has(base):
+                theirs = self._auc(base, *list(self.plan.windows.values())[place])
+                text += f" ({1e3 * (value - theirs):+.2f}e-3)"
+        return text
+
+    def _auc(self, task: Task, first: float, last: float) -> float:
+        inside = comparison.window(self.scored, self.scored.days, first, last)
+        score = comparison.scores_of(self.results.predictions(task), len(self.scored))
+        inside &= ~np.isnan(score)
+        return metrics.auc(self.scored.samples.label[inside], score[inside])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What metrics read of the samples: nothing that is on a device."""
+
+    samples: Samples
+    days: range
+
+    @classmethod
+    def opened(cls, folder: Path) -> Scored:
+        """The samples of a run's folder."""
+        held = prepared.opened(folder / "data" / "samples")
+        return cls(prepared.samples_held(held), range(*map(int, held["days"])))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+
+def report_of(plan: Plan, folder: Path, *, bootstraps: int = 200) -> dict[str, Any]:
+    """The report's sections of whatever a folder holds: arms over the seeds that are finished."""
+    results, scored = Results(folder), Scored.opened(folder)
+    lines, arms = tasks_of(plan)
+    found: dict[str, list[Predictions]] = {}
+    for task in arms:
+        if results.has(task):
+            found.setdefault(task.name, []).append(results.predictions(task))
+    missing = [f"{task.name} seed {task.seed}" for task in (*lines, *arms) if not results.has(task)]
     report: dict[str, Any] = {
         "domain": plan.domain.name,
         "protocol": plan.protocol,
         "ranker": plan.ranker,
         "seeds": len(plan.seeds),
         "user_share": plan.user_share,
-        "samples": len(data),
-        "lines": lines,
+        "samples": len(scored),
+        "lines": [results.about(task) for task in lines if results.has(task)],
+        "missing": missing,
         "settings": {
             "ranker": asdict(plan.config),
             "training": asdict(plan.training),
@@ -282,29 +549,20 @@ def run(
         },
         "windows": {},
     }
-    for name, (first, last) in chosen_windows.items():
-        inside = comparison.window(data, workspace.days, first, last)
-        report["windows"][name] = comparison.summarise(arms, data, inside)
-    report["seconds"] = time.perf_counter() - started
+    order = [a.name for a in plan.arms if a.name in found]
+    rows = {}
+    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
+        for name, shares in plan.windows.items():
+            inside = comparison.window(scored, scored.days, *shares)
+            kept = comparison.on_window({arm: found[arm] for arm in order}, scored, inside)
+            rows[name] = [
+                pool.submit(comparison.arm_row, a, kept.beside_base(a), bootstraps=bootstraps)
+                for a in order
+            ]
+        report["windows"] = {
+            name: [future.result() for future in futures] for name, futures in rows.items()
+        }
     return report
-
-
-def _labels_only(workspace: Workspace) -> Any:
-    """The samples of the workspace without anything on a device: enough for metrics."""
-    from downstream.samples import Samples
-
-    samples = Samples.of(samples_of(workspace.own, workspace.plan.domain), workspace.plan.domain)
-    return _Scored(samples)
-
-
-class _Scored:
-    """What metrics read of RankerData."""
-
-    def __init__(self, samples: Any) -> None:
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
 
 def print_windows(report: dict[str, Any]) -> str:

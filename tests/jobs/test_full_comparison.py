@@ -1,0 +1,163 @@
+"""A comparison that is cut goes on where it was, and says the same as one that was not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from compressor.configs import SourceConfig, TrainingConfig
+from downstream.configs import RankerConfig, RankerTraining
+from jobs import full_comparison, prepared
+from jobs.comparison import Arm
+from jobs.full_comparison import Crew, Plan, Results, Task, Workspace
+from pipelines import tables
+from pipelines.domain import Domain, parse
+from pipelines.errors import InputError
+
+DAY_US = 86_400_000_000
+NUM_DAYS = 20
+CREW = Crew(line_processes=0, arm_processes=1)
+ARMS = (
+    Arm(name="base", parts="base"),
+    Arm(name="+ user-order and item tokens", parts="match", line="user"),
+    Arm(name="+ untrained tokens, all users", parts="tokens", line="untrained-all"),
+)
+
+
+def tiny() -> Domain:
+    def feature(name: str, side: str, **more: Any) -> dict[str, Any]:
+        return {"name": name, "column": name, "side": side, "buckets": 64, **more}
+
+    features = [feature("user", "user"), feature("item", "item"), feature("category", "item")]
+    features += [feature("price", "event", known="after", kind="number")]
+    columns = {"user": "user", "item": "item", "time": "time", "request": "request"}
+    label = {"name": "buy", "always": 1}
+    raw = {"name": "tiny", "source": {"path": "x"}, "columns": columns, "label": [label]}
+    return parse({**raw, "negatives": {"per_positive": 1}, "feature": features})
+
+
+def stream_rows(domain: Domain, num_users: int = 8) -> pa.Table:
+    """Each user most days: two items bought and two that were not, of which the even are liked."""
+    random = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for user in range(1, num_users + 1):
+        for day in range(NUM_DAYS):
+            if random.random() < 0.2:
+                continue
+            now = (20_000 + day) * DAY_US + int(random.integers(DAY_US))
+            for candidate in range(4):
+                is_bought = candidate < 2
+                item = 2 * int(random.integers(8)) + int(not is_bought or random.random() < 0.2)
+                rows.append(
+                    {
+                        "instance_id": len(rows),
+                        "user_id": user,
+                        "item_id": item,
+                        "request_id": user * 1000 + day,
+                        "event_time": now,
+                        "event_date": 20_000 + day,
+                        "is_sampled": not is_bought,
+                        "user_bucket": 0,
+                        "label_buy": int(is_bought),
+                        "label_time_buy": now,
+                        "f_user": user,
+                        "f_item": item + 1,
+                        "f_category": item % 5 + 1,
+                        "f_price": float(random.normal()) if is_bought else None,
+                    }
+                )
+    schema = tables.user_order(domain).schema
+    columns = {name: pa.array([r[name] for r in rows]) for name in schema.names}
+    dates = columns["event_date"].cast(pa.int32())
+    return pa.table({**columns, "event_date": dates}).cast(schema)
+
+
+def plan_of(**changes: Any) -> Plan:
+    plan = Plan(
+        domain=tiny(),
+        arms=ARMS,
+        seeds=(0, 1),
+        ranker="din",
+        user_share=0.6,
+        source=SourceConfig(embedding=4, width=16, num_tokens=8, depth=1, bottleneck=8, heads=2),
+        compressor=TrainingConfig(batch_units=8, epochs=1),
+        config=RankerConfig(
+            embedding=4, width=16, depth=1, heads=2, history_length=6, query_width=8
+        ),
+        training=RankerTraining(batch_requests=8, epochs=1),
+    )
+    return replace(plan, **changes)
+
+
+def run(plan: Plan, folder: Path, **more: Any) -> dict[str, Any]:
+    return full_comparison.run(plan, lambda: stream_rows(plan.domain), folder, crew=CREW, **more)
+
+
+def told(report: dict[str, Any]) -> str:
+    """The report without what a clock says."""
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in _rows(report)]
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in report["lines"]]
+    return json.dumps([rows, lines, report["samples"], report["missing"]], sort_keys=True)
+
+
+def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for rows in report["windows"].values() for row in rows]
+
+
+@pytest.mark.parametrize("protocol", ["streaming", "frozen"])
+def test_a_run_that_is_cut_and_resumed_says_what_a_whole_one_says(
+    protocol: str, tmp_path: Path
+) -> None:
+    plan = plan_of(protocol=protocol)
+    whole = run(plan, tmp_path / "whole")
+    assert whole["missing"] == []
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    results = Results(cut)
+    # As a kill leaves it: a line and an arm not made, another arm half written.
+    for task in (Task("line", "user", 1), Task("arm", ARMS[1].name, 1)):
+        shutil.rmtree(results.path(task))
+    half = results.path(Task("arm", ARMS[2].name, 0))
+    half.rename(half.with_name(f".{half.name}.1"))
+    partial = full_comparison.report_of(plan, cut)
+    assert {row["num_seeds"] for row in _rows(partial)} == {1, 2}
+    assert len(partial["missing"]) == 3
+    assert told(run(plan, cut)) == told(whole)
+
+
+def test_a_run_at_its_limit_reports_what_is_there(tmp_path: Path) -> None:
+    plan = plan_of(seeds=(0,))
+    rows = stream_rows(plan.domain)
+    full_comparison.prepare(plan, rows, tmp_path / "data")
+    Workspace(plan, tmp_path).run(Task("arm", "base", 0))
+    report = run(plan, tmp_path, limit_s=0.0)
+    assert [row["name"] for row in report["windows"]["last 15% of time"]] == ["base"]
+    assert len(report["missing"]) == 4
+
+
+def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
+    rows = stream_rows(tiny())
+    Results(tmp_path).claim(plan_of(), rows)
+    Results(tmp_path).claim(plan_of(seeds=(0, 1, 2)), rows)
+    with pytest.raises(InputError, match="other ranker"):
+        Results(tmp_path).claim(plan_of(ranker="transformer"), rows)
+
+
+def test_what_workers_map_is_what_was_built(tmp_path: Path) -> None:
+    domain = tiny()
+    rows = stream_rows(domain)
+    held = prepared.stream_arrays(rows, domain)
+    prepared.save(tmp_path / "own", held)
+    data, vocabulary = prepared.stream(prepared.opened(tmp_path / "own"), "cpu")
+    again = prepared.stream_arrays(rows, domain)
+    for name, array in prepared.opened(tmp_path / "own").items():
+        np.testing.assert_array_equal(array, again[name])
+    assert len(data) == len(rows)
+    assert vocabulary.num_rows > 1
