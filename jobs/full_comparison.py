@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 FROZEN_COMPRESSOR, FROZEN_TEST = 0.45, 0.85
 WINDOWS = {"last 15% of time": (0.85, 1.0), "the 15% before": (0.70, 0.85)}
 FROZEN_WINDOWS = {"test: last 15% of time": (FROZEN_TEST, 1.0)}
+SMALL = 100_000
+"""Samples under which intervals are drawn sooner than processes for it are started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,7 +403,8 @@ def run(
     lines, arms = tasks_of(plan)
     waiting = [task for task in lines if not results.has(task)]
     blocked = [task for task in arms if not results.has(task)]
-    if waiting or blocked:
+    has_time = limit_s is None or time.perf_counter() - started < limit_s
+    if (waiting or blocked) and has_time:
         default = GPU_CREW if plan.device.startswith("cuda") else CPU_CREW
         _run_tasks(plan, results, waiting, blocked, crew or default, started, limit_s)
     report = report_of(plan, folder)
@@ -527,10 +530,11 @@ def report_of(plan: Plan, folder: Path, *, bootstraps: int = 200) -> dict[str, A
     """The report's sections of whatever a folder holds: arms over the seeds that are finished."""
     results, scored = Results(folder), Scored.opened(folder)
     lines, arms = tasks_of(plan)
-    found: dict[str, list[Predictions]] = {}
-    for task in arms:
-        if results.has(task):
-            found.setdefault(task.name, []).append(results.predictions(task))
+    found = {
+        a.name: [results.predictions(t) for t in arms if t.name == a.name and results.has(t)]
+        for a in plan.arms
+    }
+    found = {name: by_seed for name, by_seed in found.items() if by_seed}
     missing = [f"{task.name} seed {task.seed}" for task in (*lines, *arms) if not results.has(task)]
     report: dict[str, Any] = {
         "domain": plan.domain.name,
@@ -549,20 +553,26 @@ def report_of(plan: Plan, folder: Path, *, bootstraps: int = 200) -> dict[str, A
         },
         "windows": {},
     }
-    order = [a.name for a in plan.arms if a.name in found]
-    rows = {}
-    with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
-        for name, shares in plan.windows.items():
-            inside = comparison.window(scored, scored.days, *shares)
-            kept = comparison.on_window({arm: found[arm] for arm in order}, scored, inside)
-            rows[name] = [
-                pool.submit(comparison.arm_row, a, kept.beside_base(a), bootstraps=bootstraps)
-                for a in order
-            ]
-        report["windows"] = {
-            name: [future.result() for future in futures] for name, futures in rows.items()
-        }
+    wanted = []
+    for name, shares in plan.windows.items():
+        inside = comparison.window(scored, scored.days, *shares)
+        held = comparison.on_window(found, scored, inside)
+        wanted += [(name, arm, held.beside_base(arm), bootstraps) for arm in found]
+    if len(scored) < SMALL:
+        rows = list(map(_row, wanted))
+    else:
+        with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
+            rows = list(pool.map(_row, wanted))
+    report["windows"] = {
+        name: [row for (of, *_), row in zip(wanted, rows, strict=True) if of == name]
+        for name in plan.windows
+    }
     return report
+
+
+def _row(wanted: tuple[str, str, comparison.WindowScores, int]) -> dict[str, Any]:
+    _, name, held, bootstraps = wanted
+    return comparison.arm_row(name, held, bootstraps=bootstraps)
 
 
 def print_windows(report: dict[str, Any]) -> str:

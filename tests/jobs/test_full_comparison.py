@@ -22,7 +22,7 @@ from pipelines.domain import Domain, parse
 from pipelines.errors import InputError
 
 DAY_US = 86_400_000_000
-NUM_DAYS = 20
+NUM_DAYS = 14
 CREW = Crew(line_processes=0, arm_processes=1)
 ARMS = (
     Arm(name="base", parts="base"),
@@ -43,7 +43,7 @@ def tiny() -> Domain:
     return parse({**raw, "negatives": {"per_positive": 1}, "feature": features})
 
 
-def stream_rows(domain: Domain, num_users: int = 8) -> pa.Table:
+def stream_rows(domain: Domain, num_users: int = 6) -> pa.Table:
     """Each user most days: two items bought and two that were not, of which the even are liked."""
     random = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
@@ -111,11 +111,9 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for rows in report["windows"].values() for row in rows]
 
 
-@pytest.mark.parametrize("protocol", ["streaming", "frozen"])
-def test_a_run_that_is_cut_and_resumed_says_what_a_whole_one_says(
-    protocol: str, tmp_path: Path
-) -> None:
-    plan = plan_of(protocol=protocol)
+@pytest.mark.slow
+def test_a_run_that_is_cut_and_resumed_says_what_a_whole_one_says(tmp_path: Path) -> None:
+    plan = plan_of()
     whole = run(plan, tmp_path / "whole")
     assert whole["missing"] == []
     cut = tmp_path / "cut"
@@ -130,6 +128,20 @@ def test_a_run_that_is_cut_and_resumed_says_what_a_whole_one_says(
     assert {row["num_seeds"] for row in _rows(partial)} == {1, 2}
     assert len(partial["missing"]) == 3
     assert told(run(plan, cut)) == told(whole)
+
+
+def test_a_frozen_comparison_reports_the_test_days_alone(tmp_path: Path) -> None:
+    plan = plan_of(protocol="frozen", seeds=(0,))
+    full_comparison.prepare(plan, stream_rows(plan.domain), tmp_path / "data")
+    workspace = Workspace(plan, tmp_path)
+    for task in [task for tasks in full_comparison.tasks_of(plan) for task in tasks]:
+        workspace.run(task)
+    report = full_comparison.report_of(plan, tmp_path)
+    assert report["missing"] == []
+    assert [len(rows) for rows in report["windows"].values()] == [len(ARMS)]
+    held = prepared.opened(Results(tmp_path).path(Task("arm", "base", 0)))
+    days = workspace.samples().samples.as_of_us[held["sample"]] // DAY_US
+    assert days.min() >= workspace.border(full_comparison.FROZEN_TEST)
 
 
 def test_a_run_at_its_limit_reports_what_is_there(tmp_path: Path) -> None:
