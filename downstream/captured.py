@@ -17,12 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor.nn.attention import TransformerBlock
+from compressor.nn.mixing import RankMixer
 from compressor.training.capture import Captured
 from compressor.training.loop import WeightAverage, refuse_divergence, update
 from downstream.batch import RankerBatch
 from downstream.configs import RankerConfig
 from downstream.data import RankerData
+from downstream.interaction import MatchFeatures
 from downstream.samples import Array
+from downstream.tokens import ItemTokenFeatures
+
+FUSED = (RankMixer, TransformerBlock, MatchFeatures, ItemTokenFeatures)
+"""Parts of rankers that are compiled on a GPU: the same in all arms, and most of a step."""
 
 
 class TrainingStep:

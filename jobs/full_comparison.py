@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -171,15 +171,16 @@ def prepare(plan: Plan, rows: pa.Table, folder: Path) -> None:
     days = times_us(rows, "event_time") // DAY_US
     span = np.array([days.min(), days.max() + 1])
     device = plan.device
-    prepared.once(
-        folder / "samples",
-        lambda: {**prepared.ranker_arrays(own, plan.domain, device), "days": span},
-    )
+    built: dict[str, Callable[[], prepared.Arrays]] = {
+        "samples": lambda: {**prepared.ranker_arrays(own, plan.domain, device), "days": span}
+    }
     lines = [LINES[a.line] for a in plan.arms if a.line]
-    if any(not line.is_all_users for line in lines):
-        prepared.once(folder / "own", lambda: prepared.stream_arrays(own, plan.domain))
     if any(line.is_all_users for line in lines):
-        prepared.once(folder / "all", lambda: prepared.stream_arrays(rows, plan.domain))
+        built["all"] = lambda: prepared.stream_arrays(rows, plan.domain)
+    if any(not line.is_all_users for line in lines):
+        built["own"] = lambda: prepared.stream_arrays(own, plan.domain)
+    with ThreadPoolExecutor(len(built)) as pool:
+        list(pool.map(lambda name: prepared.once(folder / name, built[name]), built))
 
 
 class Workspace:
