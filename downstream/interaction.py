@@ -25,6 +25,8 @@ from downstream.tokens import BranchState, ItemTokenFeatures, TokenBranch
 GROUPS = ("user", "context", "item", "cross", "history", "branch")
 SPARE_TO = ("item", "cross", "history", "context", "user", "branch")
 """Who gets the tokens that are left when every group has one, in turn."""
+WIDE = ("cross", "history", "branch")
+"""Groups with a linear way to the logit beside the interaction."""
 MATCH_HIDDEN = 64
 
 
@@ -110,8 +112,10 @@ class SequenceRanker(nn.Module):
             widths["branch"] = config.width
         self.interaction = Interaction(config, widths)
         # A short way to the logit for what is already a good feature (Wide & Deep, arXiv
-        # 1606.07792).
-        self.wide = nn.Linear(widths["cross"], 1) if "cross" in widths else None
+        # 1606.07792) and for what was read of a sequence: through the interaction alone, a branch
+        # with much to say is first heard after several passes.
+        wide_width = sum(widths.get(name, 0) for name in WIDE)
+        self.wide = nn.Linear(wide_width, 1) if wide_width else None
 
     def encode_request(self, batch: RankerBatch) -> RequestState:
         """See Ranker."""
@@ -163,10 +167,12 @@ class SequenceRanker(nn.Module):
             groups["branch"] = self.branch.read(
                 state.branch, candidate_RCX, groups.get("history"), item_token_RCD
             )
-        wide_RC: Tensor | float = 0.0
-        if cross and self.wide is not None:
+        if cross:
             groups["cross"] = torch.cat(cross, dim=-1)
-            wide_RC = self.wide(groups["cross"]).squeeze(-1)
+        wide_RC: Tensor | float = 0.0
+        if self.wide is not None:
+            good_RCX = torch.cat([groups[name] for name in WIDE if name in groups], dim=-1)
+            wide_RC = self.wide(good_RCX).squeeze(-1)
         token_RCTD = self.interaction.tokens(groups, item_slot_RCD)
         assert token_RCTD is not None  # there is always an item group
         if state.token_RTD is not None:
