@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compressor.nn.attention import TransformerBlock
 from compressor.nn.mixing import RankMixer
 from compressor.training.capture import Captured
+from compressor.training.fusing import fuse
 from compressor.training.loop import WeightAverage, refuse_divergence, update
 from downstream.batch import RankerBatch
 from downstream.configs import RankerConfig
@@ -29,7 +30,8 @@ from downstream.samples import Array
 from downstream.tokens import ItemTokenFeatures
 
 FUSED = (RankMixer, TransformerBlock, MatchFeatures, ItemTokenFeatures)
-"""Parts of rankers that are compiled on a GPU: the same in all arms, and most of a step."""
+"""Parts of rankers that are compiled: the same in all arms, and most of a step. Plain steps, whose
+batches differ in shape, do without."""
 
 
 class TrainingStep:
@@ -47,6 +49,7 @@ class TrainingStep:
         num_pieces: int,
         max_norm: float,
     ) -> None:
+        fuse(model, FUSED, dynamic=False)
         model.train()
         parameters = [p for p in model.parameters() if p.requires_grad]
         _make_state(optimizer, parameters)
@@ -90,6 +93,7 @@ class PredictionStep:
     def __init__(
         self, data: RankerData, config: RankerConfig, model: nn.Module, *, num_pieces: int
     ) -> None:
+        fuse(model, FUSED, dynamic=False)
         model.eval()
         self.data = data
         self.piece_3R = torch.zeros(3, num_pieces, dtype=torch.int64, device=data.device)

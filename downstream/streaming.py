@@ -21,10 +21,9 @@ from torch.nn import functional as F
 
 from compressor.training.capture import BUILDING
 from compressor.training.checkpoint import restore, state
-from compressor.training.fusing import fuse
 from compressor.training.loop import WeightAverage, train
 from downstream.batch import Ranker, RankerBatch
-from downstream.captured import FUSED, PredictionStep, TrainingStep
+from downstream.captured import PredictionStep, TrainingStep
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import DAY_US, RankerData
 from downstream.rankers import make_ranker
@@ -85,8 +84,6 @@ class RankerTrainer:
             model = make_ranker(name, config, data.inputs, data.vocabulary, training.seed)
         model = model.to(data.device)
         is_captured = data.device.type == "cuda"
-        if is_captured:
-            fuse(model, FUSED, dynamic=False)
         bank = [p for n, p in model.named_parameters() if n.startswith("bank.")]
         rest = [p for n, p in model.named_parameters() if not n.startswith("bank.")]
         rates = [training.learning_rate, training.learning_rate * training.embedding_factor]

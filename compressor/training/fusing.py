@@ -23,7 +23,8 @@ def fuse(model: nn.Module, kinds: tuple[type[nn.Module], ...], *, dynamic: bool)
     if not can_fuse():
         return
     if isinstance(model, kinds):
-        model.compile(dynamic=dynamic)
+        if model._compiled_call_impl is None:
+            model.compile(dynamic=dynamic)
         return
     for part in model.children():
         fuse(part, kinds, dynamic=dynamic)
