@@ -51,6 +51,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.train_ranker",
         "train and predict one arm of a ranker over fetched tokens",
     ),
+    "compare": (
+        "jobs.compare",
+        "all arms over several seeds, with every control: for a GPU; resumable",
+    ),
     "evaluate": (
         "jobs.evaluate",
         "AUC, GAUC, log loss and normalised entropy of predictions, with intervals",

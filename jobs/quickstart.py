@@ -29,7 +29,7 @@ from compressor.configs import SourceConfig
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import RankerData
 from downstream.user_index import IndexStore, UserIndex
-from jobs import comparison, ledger, report, train_compressor, verify
+from jobs import compare, comparison, ledger, report, train_compressor, verify
 from jobs.comparison import LINES, QUICK_ARMS, Arm, Predictions
 from jobs.token_figures import token_figures
 from jobs.train_compressor import device_of
@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 NEEDED_BYTES = 2 * 2**30
 TEST_SHARE = 0.3
 """The table reads the last of the days; all of them are predicted before they are trained on."""
+PROTOCOLS: tuple[Literal["streaming", "frozen"], ...] = ("streaming", "frozen")
 MARK = ".iat-quickstart"
 """In a lake that a quickstart made, and may therefore replace."""
 
@@ -80,6 +81,10 @@ class Args:
     """Processes that train at the same time; 0: one a core (at most 8), or 4 on a GPU."""
     seed: int = 0
     """Of the sample, initial weights and batches."""
+    full: bool = False
+    """The whole log, every arm and control, both protocols, several seeds: for a GPU."""
+    built: bool = False
+    """--full: the lake's streams are there already (iat build)."""
     dry_run: bool = False
     """Say what would be done, and stop."""
 
@@ -110,6 +115,8 @@ def main(args: Args) -> dict[str, Any]:
         arms = "\n  ".join(arm.name for arm in QUICK_ARMS)
         sys.stdout.write(f"would run {shlex.join(command)}\nand compare:\n  {arms}\n")
         return {"domain": domain.name, "lake": args.lake, "arms": [arm.name for arm in QUICK_ARMS]}
+    if args.full:
+        return _full(args, domain, command)
     _check_disk(args.lake)
     _fresh(Path(args.lake))
     clock = Clock()
@@ -117,7 +124,7 @@ def main(args: Args) -> dict[str, Any]:
         with clock.step("Spark: raw log -> instances, streams, histories, samples on Delta"):
             _run(command)
         compared = _compare(args, domain, clock)
-        with clock.step("leak proof: SQL over the raw events, then a disturbed future"):
+        with clock.step("leak proof: SQL over the instances, then a disturbed future"):
             proof = verify.verify(domain, args.lake, "user", num_samples=100, seed=args.seed)
         found = compared | {
             "lake": [lake_row(args.lake, table) for table in tables_of(domain)],
@@ -137,11 +144,33 @@ def build_command(args: Args, domain: Domain) -> list[str]:
     command = ["iat", "build", "--domain", args.domain, "--lake", args.lake]
     if args.data:
         command += ["--data", str(args.data)]
-    if domain.source.reader and args.households:
+    if domain.source.reader and args.households and not args.full:
         command += ["--limit-users", str(args.households)]
     if domain.source.reader and args.days:
         command += ["--limit-days", str(args.days)]
     return [*command, "--seed", str(args.seed), "--master", args.master]
+
+
+def _full(args: Args, domain: Domain, command: list[str]) -> dict[str, Any]:
+    """The lake, then `iat compare` in both protocols; a run that was cut goes on with --built.
+
+    Groceries: the ranker sees 40% of households and 5 seeds; the others are the compressor's alone.
+    """
+    if not args.built:
+        _check_disk(args.lake)
+        _fresh(Path(args.lake))
+        _run(command)
+    share, seeds = (0.4, 5) if domain.name == "grocery" else (1.0, 3)
+    found: dict[str, Any] = {}
+    for protocol in PROTOCOLS:
+        found[protocol] = compare.main(
+            compare.Args(
+                domain=args.domain, lake=args.lake, out=args.out / domain.name / protocol,
+                protocol=protocol, ranker=args.ranker, seeds=seeds, user_share=share,
+                device=args.device,
+            )
+        )  # fmt: skip
+    return found
 
 
 def _run(command: list[str]) -> None:

@@ -8,6 +8,7 @@ A report is a dict, the one that `--json` writes. Every key may be missing; what
     arms                   [{name, auc, auc_low, auc_high, gauc, logloss, ne, diff_auc, diff_low,
                              diff_high, seconds, bytes_per_instance, weekly: [{start, auc}]}]
                            differences are over the arm called "base", in AUC (0.001, not 1.0)
+    windows                {name: arms}: the same comparison on other days, as tables
     tokens                 {norms: [{month, p5, p50, p95}], drift: [{month, cosine}],
                             coverage: [{month, share}]}
     lake                   [{table, rows, bytes, files}]
@@ -44,7 +45,7 @@ STYLE = """
   --soft: #a3abb6; --line: #363c45; --good: #6fd39b; --bad: #ff8f85; --s0: #6fb3f2; --s1: #ff9b66;
   --s2: #4fcb9f; --s3: #e08ad6; --s4: #d9b84a; --s5: #4cc3dc; --s6: #ff86b3; --s7: #a5a5ff; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 66rem; background: var(--page);
+body { margin: 0 auto; padding: 1.2rem 1rem 3rem; max-width: 72rem; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .2rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
@@ -98,8 +99,7 @@ def _comparison(report: Row) -> str:
     arms = arms_of(report)
     if not arms:
         return _section("Comparison", "<p>This run compared no arms.</p>")
-    rows = [[show(arm) for _, show in COLUMNS] for arm in arms]
-    table = _table([name for name, _ in COLUMNS], rows, signs=[_sign(arm) for arm in arms])
+    table = _arms_table(arms)
     note = (
         '<p class="soft">AUC and GAUC (AUC within each user): more is better. LogLoss and NE '
         "(LogLoss over that of always predicting the mean): less is better. Intervals are 95%. "
@@ -118,7 +118,16 @@ def _comparison(report: Row) -> str:
         "Each week is predicted before it is trained on. Above, a higher line ranks better; below, "
         "a line above zero beats the base in those weeks.",
     )
-    return _section("Comparison", f'{table}{note}<div class="cards">{figures}</div>')
+    others = "".join(
+        f"<h3>{escape(name)}</h3>{_arms_table(found)}"
+        for name, found in (report.get("windows") or {}).items()
+    )
+    return _section("Comparison", f'{table}{note}{others}<div class="cards">{figures}</div>')
+
+
+def _arms_table(arms: Sequence[Row]) -> str:
+    rows = [[show(arm) for _, show in COLUMNS] for arm in arms]
+    return _table([name for name, _ in COLUMNS], rows, signs=[_sign(arm) for arm in arms])
 
 
 def _tokens(report: Row) -> str:
