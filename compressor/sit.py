@@ -5,8 +5,8 @@ Li et al., "IAT: Instance-As-Token Compression", arXiv 2604.08933 (user-order so
 and biases are ours.
 visible(i, j) = same unit and (j is a token row and time[j] < time[i], or j == i). A query row (a
 prediction) is seen by none.
-Shape legend: P packed rows (token rows, then query rows), U units, L longest unit, D width, H
-heads.
+Shape legend: P packed rows (token rows, then query rows), U units, B blocks of L rows, K token rows
+of the longest unit, D width, H heads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from compressor.batch import Packing
 from compressor.nn.attention import NUM_GAP_BUCKETS, gap_buckets
 
 NUM_RANK_BUCKETS = 12
+BLOCK = 64
+"""Rows of a unit that the plain path attends for together."""
 
 
 class SourceInstanceTransformer(nn.Module):
@@ -69,27 +71,32 @@ def rank_buckets(rank_gap: Tensor) -> Tensor:
 
 
 class _PaddedView:
-    """The plain path: units padded inside the attention alone; keys are token rows and, in a
-    column of its own, the row itself."""
+    """The plain path: rows padded inside the attention alone, in blocks of one unit's rows, so that
+    a long unit does not make the others long; keys are token rows and, in a column of its own, the
+    row itself."""
 
     def __init__(self, packing: Packing) -> None:
-        num_units, length = packing.num_units, packing.max_length
-        num_tokens, device = packing.num_tokens, packing.unit.device
+        num_units, num_tokens, device = packing.num_units, packing.num_tokens, packing.unit.device
         self.length_K = int(packing.slot[:num_tokens].max()) + 1 if num_tokens else 1
-        self.shape = (num_units, length)
-        self.num_tokens = num_tokens
-        self.at_P = packing.unit * length + packing.slot
+        self.num_units, self.num_tokens = num_units, num_tokens
+        blocks_U = -(-torch.bincount(packing.unit, minlength=num_units) // BLOCK)
+        first_U = torch.cumsum(blocks_U, 0) - blocks_U
+        self.unit_B = torch.repeat_interleave(torch.arange(num_units, device=device), blocks_U)
+        self.shape = (len(self.unit_B), BLOCK)
+        block_P = first_U[packing.unit] + packing.slot // BLOCK
+        self.at_P = block_P * BLOCK + packing.slot % BLOCK
         self.key_at = packing.unit[:num_tokens] * self.length_K + packing.slot[:num_tokens]
-        time_UL, rank_UL = self._padded(packing.time), self._padded(packing.rank)
-        time_UK, rank_UK = time_UL[:, : self.length_K], rank_UL[:, : self.length_K]
-        is_token_UK = torch.zeros(num_units * self.length_K, dtype=torch.bool, device=device)
-        is_token_UK = is_token_UK.index_fill(0, self.key_at, True).unflatten(
-            0, (num_units, self.length_K)
+        time_BL, rank_BL = self._padded(packing.time), self._padded(packing.rank)
+        time_BK, rank_BK, is_token_BK = (
+            self._padded_keys(x_P[:num_tokens, None]).squeeze(2)[self.unit_B]
+            for x_P in (packing.time, packing.rank, torch.ones_like(packing.slot))
         )
-        self.hidden_ULK = ~(is_token_UK[:, None, :] & (time_UK[:, None, :] < time_UL[:, :, None]))
-        gap_ULK = gap_buckets((time_UL[:, :, None] - time_UK[:, None, :]).float() / 1e6)
-        self.bucket_ULK = gap_ULK * NUM_RANK_BUCKETS + rank_buckets(
-            rank_UL[:, :, None] - rank_UK[:, None, :]
+        self.hidden_BLK = ~(
+            (is_token_BK[:, None, :] > 0) & (time_BK[:, None, :] < time_BL[:, :, None])
+        )
+        gap_BLK = gap_buckets((time_BL[:, :, None] - time_BK[:, None, :]).float() / 1e6)
+        self.bucket_BLK = gap_BLK * NUM_RANK_BUCKETS + rank_buckets(
+            rank_BL[:, :, None] - rank_BK[:, None, :]
         )
 
     def _padded(self, x_P: Tensor) -> Tensor:
@@ -97,54 +104,55 @@ class _PaddedView:
         return flat.index_copy(0, self.at_P, x_P).unflatten(0, self.shape)
 
     def _padded_keys(self, x_KX: Tensor) -> Tensor:
-        flat = x_KX.new_zeros((self.shape[0] * self.length_K, x_KX.shape[1]))
-        return flat.index_copy(0, self.key_at, x_KX).unflatten(0, (self.shape[0], self.length_K))
+        flat = x_KX.new_zeros((self.num_units * self.length_K, x_KX.shape[1]))
+        return flat.index_copy(0, self.key_at, x_KX).unflatten(0, (self.num_units, self.length_K))
 
     def attend(self, qkv_PX: Tensor, layer: SitLayer) -> Tensor:
         query_PD, key_PD, value_PD = qkv_PX.chunk(3, dim=-1)
         heads = layer.num_heads
-        query_UHLd = _heads(self._padded(query_PD), heads)
-        key_UHKd, value_UHKd = (
-            _heads(self._padded_keys(x[: self.num_tokens]), heads) for x in (key_PD, value_PD)
+        query_BHLd = _heads(self._padded(query_PD), heads)
+        key_BHKd, value_BHKd = (
+            _heads(self._padded_keys(x[: self.num_tokens]), heads).index_select(0, self.unit_B)
+            for x in (key_PD, value_PD)
         )
-        scale = query_UHLd.shape[-1] ** -0.5
+        scale = query_BHLd.shape[-1] ** -0.5
         table_XH = layer.bias_table().to(query_PD.dtype)
-        bias_UHLK = _BiasLookup.apply(table_XH, self.bucket_ULK)
-        score_UHLK = (query_UHLd @ key_UHKd.transpose(-1, -2)) * scale + bias_UHLK
-        score_UHLK = score_UHLK.masked_fill(self.hidden_ULK[:, None], float("-inf"))
+        bias_BHLK = _BiasLookup.apply(table_XH, self.bucket_BLK)
+        score_BHLK = (query_BHLd @ key_BHKd.transpose(-1, -2)) * scale + bias_BHLK
+        score_BHLK = score_BHLK.masked_fill(self.hidden_BLK[:, None], float("-inf"))
         own_PH = (query_PD * key_PD).unflatten(-1, (heads, -1)).sum(-1) * scale + table_XH[0]
-        own_UHL1 = self._padded(own_PH).transpose(1, 2)[..., None]
-        weight = torch.cat([score_UHLK, own_UHL1], dim=-1).softmax(dim=-1)
-        read_UHLd = weight[..., :-1] @ value_UHKd
-        read_PD = read_UHLd.transpose(1, 2).flatten(2).flatten(0, 1)[self.at_P]
+        own_BHL1 = self._padded(own_PH).transpose(1, 2)[..., None]
+        weight = torch.cat([score_BHLK, own_BHL1], dim=-1).softmax(dim=-1)
+        read_BHLd = weight[..., :-1] @ value_BHKd
+        read_PD = read_BHLd.transpose(1, 2).flatten(2).flatten(0, 1)[self.at_P]
         own_weight_PH = weight[..., -1].transpose(1, 2).flatten(0, 1)[self.at_P]
         return read_PD + (own_weight_PH[..., None] * value_PD.unflatten(-1, (heads, -1))).flatten(
             -2
         )
 
 
-def _heads(x_ULD: Tensor, num_heads: int) -> Tensor:
-    return x_ULD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+def _heads(x_BLD: Tensor, num_heads: int) -> Tensor:
+    return x_BLD.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class _BiasLookup(torch.autograd.Function):
-    """table_XH at bucket_ULK -> [U, H, L, K]; backward sums by bincount, far faster than an
+    """table_XH at bucket_BLK -> [B, H, L, K]; backward sums by bincount, far faster than an
     indexed add into few rows."""
 
     @staticmethod
-    def forward(ctx: Any, table_XH: Tensor, bucket_ULK: Tensor) -> Tensor:
-        ctx.save_for_backward(bucket_ULK)
+    def forward(ctx: Any, table_XH: Tensor, bucket_BLK: Tensor) -> Tensor:
+        ctx.save_for_backward(bucket_BLK)
         ctx.num_buckets = len(table_XH)
-        return torch.stack([column[bucket_ULK] for column in table_XH.T.contiguous()], dim=1)
+        return torch.stack([column[bucket_BLK] for column in table_XH.T.contiguous()], dim=1)
 
     @staticmethod
-    def backward(ctx: Any, grad_UHLK: Tensor) -> tuple[Tensor, None]:
-        (bucket_ULK,) = ctx.saved_tensors
-        flat = bucket_ULK.flatten()
+    def backward(ctx: Any, grad_BHLK: Tensor) -> tuple[Tensor, None]:
+        (bucket_BLK,) = ctx.saved_tensors
+        flat = bucket_BLK.flatten()
         sums = [
-            torch.bincount(flat, g.flatten().float(), ctx.num_buckets) for g in grad_UHLK.unbind(1)
+            torch.bincount(flat, g.flatten().float(), ctx.num_buckets) for g in grad_BHLK.unbind(1)
         ]
-        return torch.stack(sums, dim=1).to(grad_UHLK.dtype), None
+        return torch.stack(sums, dim=1).to(grad_BHLK.dtype), None
 
 
 class _FlexView:

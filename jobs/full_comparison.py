@@ -211,6 +211,7 @@ class Workspace:
             if whose not in self._streams:
                 held = prepared.opened(self.data_folder / whose)
                 self._streams[whose] = prepared.stream(held, plan.device)
+                self._settle()
         data, vocabulary = self._streams[whose]
         made = comparison.make_line(
             line,
@@ -257,10 +258,16 @@ class Workspace:
         about = {"seconds": found.seconds, "num_rows": found.num_rows}
         self.results.write(task, {"sample": found.sample, "score": found.score}, about)
 
+    def _settle(self) -> None:
+        """What one thread has put on the device is there for the others too."""
+        if self.plan.device.startswith("cuda"):
+            torch.cuda.synchronize()
+
     def samples(self) -> RankerData:
         with self._loading:
             if self._samples is None:
                 self._samples = prepared.ranker(self.held, self.plan.domain, self.plan.device)
+                self._settle()
             return self._samples
 
 

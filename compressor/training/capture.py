@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -36,7 +37,7 @@ class Captured(Generic[Result]):
         """Capture `run`; the tensors it writes to, `kept`, are afterwards as they were before."""
         with BUILDING:
             before = [tensor.detach().clone() for tensor in kept]
-            current, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+            current, aside = torch.cuda.current_stream(), _capture_stream()
             aside.wait_stream(current)
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UPS):
@@ -53,3 +54,10 @@ class Captured(Generic[Result]):
 
     def replay(self) -> None:
         self.graph.replay()
+
+
+@cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: streams come from a small ring, and a new one each time would soon be
+    that on which another thread works."""
+    return torch.cuda.Stream()
