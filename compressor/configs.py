@@ -45,8 +45,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig:
-    """How weights are updated; `units` are user-days in user order, blocks of 64 rows in temporal
-    order."""
+    """How weights are updated; `units` are user-days (streaming) or users' whole pasts (frozen)."""
 
     learning_rate: float = 3e-3
     embedding_factor: float = 2.5
@@ -54,8 +53,13 @@ class TrainingConfig:
     batch_units: int = 64
     replay: float = 1.0
     """Units of earlier days trained again, per unit of today (streaming)."""
-    epochs: int = 3
-    """Passes over the days, forward then reversed in turn (frozen)."""
+    epochs: int = 8
+    """Passes over the days, forward then reversed in turn, at most (frozen)."""
+    pass_steps: int = 400
+    """Steps to a pass, about (frozen): as many are needed to learn from a small log as from a
+    large one, whose steps hold more users."""
+    patience: int = 1
+    """Passes without a better log loss of the held-out last days before a frozen run stops."""
     average: float = 0.98
     """Decay of the averaged weights that predict and write tokens."""
     max_norm: float = 5.0
@@ -64,11 +68,11 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (
             self.learning_rate <= 0
-            or self.batch_units < 1
+            or min(self.batch_units, self.epochs, self.pass_steps, self.patience) < 1
             or self.replay < 0
             or not 0 <= self.average < 1
         ):
             raise ValueError(
-                f"learning_rate and batch_units must be positive, replay not negative, average in "
-                f"[0, 1): {self}"
+                f"learning_rate, batch_units, epochs, pass_steps and patience must be positive, "
+                f"replay not negative, average in [0, 1): {self}"
             )

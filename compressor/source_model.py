@@ -62,6 +62,9 @@ class SourceModel(nn.Module):
             if is_user_order
             else None
         )
+        # A linear way from what SIT reads to the logit: without it a model from scratch may spend
+        # passes before any of its losses reach the tokens of the past.
+        self.wide = nn.Linear(config.bottleneck, 1) if is_user_order else None
         decoder_in = config.bottleneck * (2 if is_user_order else 1)
         self.decoder = nn.Sequential(
             nn.Linear(decoder_in, config.decoder), nn.GELU(), nn.Linear(config.decoder, 1)
@@ -111,10 +114,11 @@ class SourceModel(nn.Module):
 
     def predict(self, own_QD: Tensor, token_KD: Tensor, packing: Packing) -> Tensor:
         """logit_Q from each query's own compressed fields and what SIT reads for it."""
-        if self.sit is None:
+        if self.sit is None or self.wide is None:
             return self.decoder(own_QD).squeeze(-1)
-        read_PD = self.sit(torch.cat([token_KD, own_QD]), packing)
-        return self.decoder(torch.cat([read_PD[len(token_KD) :], own_QD], dim=1)).squeeze(-1)
+        read_QD = self.sit(torch.cat([token_KD, own_QD]), packing)[len(token_KD) :]
+        logit_Q1 = self.decoder(torch.cat([read_QD, own_QD], dim=1)) + self.wide(read_QD)
+        return logit_Q1.squeeze(-1)
 
 
 class _AfterInput(nn.Module):

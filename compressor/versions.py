@@ -65,8 +65,7 @@ def save(
 ) -> Path:
     """Weights first, then the row that names them: a killed save leaves no row without weights."""
     place = folder(lake, version.line, version.name)
-    tensors = checkpoint.state(trainer.model, trainer.optimizer, trainer.average)
-    tensors |= {f"losses.{n}": t for n, t in trainer.losses.state_dict().items()}
+    tensors = trainer.state()
     tensors |= {f"vocabulary.{t}": torch.from_numpy(b) for t, b in vocabulary.buckets.items()}
     checkpoint.save(
         place,
@@ -147,10 +146,7 @@ def load(
     trainer = Trainer.create(config, training, domain, vocabulary, device)
     rows = _moved_rows(old, vocabulary)
     grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
-    checkpoint.restore(grown, trainer.model, trainer.optimizer, trainer.average)
-    trainer.losses.load_state_dict(
-        {n.removeprefix("losses."): t for n, t in tensors.items() if n.startswith("losses.")}
-    )
+    trainer.restore(grown)
     trainer.num_steps = meta["num_steps"]
     return trainer, vocabulary, version
 

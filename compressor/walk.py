@@ -1,14 +1,13 @@
 """Walk the days: predict with yesterday's weights, train on the day, write the day's tokens once
 (DESIGN 5.5).
 
-`walk` is the streaming protocol. `fit` is the frozen one: all given days, forward then reversed in
-turn, nothing later.
+`walk` is the streaming protocol. `fit` is the frozen one: passes over given days, nothing later.
 Both end in the same place: averaged weights, which predict and write tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,11 +22,14 @@ from compressor.data import DAY_US, Int64s, StreamData
 from compressor.losses import SourceLosses
 from compressor.nn.embedding import Vocabulary
 from compressor.source_model import SourceModel
+from compressor.training import checkpoint
 from compressor.training.loop import WeightAverage, train
 from pipelines.domain import Domain
 
 TOKEN_ROWS = 8192
 PREDICT_UNITS = 256
+HELD_OUT = 0.1
+"""Share of a frozen run's days, its last, that decide when to stop."""
 
 
 class DayResult(NamedTuple):
@@ -76,6 +78,18 @@ class Trainer:
         ]
         optimizer = torch.optim.Adam(groups, lr=rate, fused=True)
         return cls(model, losses, optimizer, WeightAverage(model, training.average), training)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on (random draws are functions of seed, day and pass)."""
+        found = checkpoint.state(self.model, self.optimizer, self.average)
+        return found | {f"losses.{n}": t for n, t in self.losses.state_dict().items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`; shapes must agree."""
+        checkpoint.restore(tensors, self.model, self.optimizer, self.average)
+        self.losses.load_state_dict(
+            {n.removeprefix("losses."): t for n, t in tensors.items() if n.startswith("losses.")}
+        )
 
     @property
     def context(self) -> int:
@@ -200,6 +214,16 @@ def walk(
         yield DayResult(day, row, score, event_row, trainer.tokens(data, event_row), loss)
 
 
+class FitResult(NamedTuple):
+    """One pass of the frozen protocol."""
+
+    epoch: int
+    loss: float
+    held_out_loss: float
+    """Log loss of the days held out; NaN where no label of theirs is known."""
+    is_best: bool
+
+
 def fit(
     trainer: Trainer,
     data: StreamData,
@@ -207,28 +231,60 @@ def fit(
     *,
     max_rows: int = 256,
     kept: npt.NDArray[np.bool_] | None = None,
-) -> Iterator[tuple[int, float]]:
-    """Frozen protocol: `epochs` passes over users' whole pasts in `days`, forward then reversed;
-    yields (epoch, loss).
+) -> Iterator[FitResult]:
+    """Frozen protocol: passes over users' whole pasts in `days`, forward then reversed in turn.
 
-    Learning rate falls linearly to a tenth over the passes. Labels not known by the end of `days`
-    stay unknown.
+    The last tenth of the days is held out to decide when to stop; ends with the best pass's weights
+    as the trainer's. Learning rate falls linearly to a tenth over the passes. Labels not known by
+    the end of the days that are trained on stay unknown, and nothing after `days` is read.
     """
     training, device = trainer.training, data.tensors.time_N.device
-    units = data.user_units(days.start, days.stop, max_rows)
-    units = units if kept is None else units[kept[units[:, 0]]]
+    num_held = max(1, round(len(days) * HELD_OUT)) if len(days) > 1 else 0
+    border = days.stop - num_held
+    units = data.user_units(days.start, border, max_rows)
+    held_out = data.day_units(range(border, days.stop))
+    if kept is not None:
+        units, held_out = units[kept[units[:, 0]]], held_out[kept[held_out[:, 0]]]
+    size = max(1, round(len(units) / training.pass_steps))
     base = [group["lr"] for group in trainer.optimizer.param_groups]
+    best, best_loss, num_worse = trainer.state(), float("inf"), 0
     for epoch in range(training.epochs):
         random = np.random.default_rng([training.seed, epoch // 2])
         order = random.permutation(len(units))
         order = order[::-1] if epoch % 2 else order
         for group, rate in zip(trainer.optimizer.param_groups, base, strict=True):
-            group["lr"] = rate * (1 - 0.9 * epoch / max(1, training.epochs))
-        groups = [
-            torch.from_numpy(g).to(device) for g in _groups(units[order], training.batch_units)
-        ]
+            group["lr"] = rate * (1 - 0.9 * epoch / training.epochs)
+        groups = [torch.from_numpy(g).to(device) for g in _groups(units[order], size)]
         generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + epoch)
-        yield epoch, trainer.train_on(data, groups, [days.stop * DAY_US] * len(groups), generator)
+        loss = trainer.train_on(data, groups, [border * DAY_US] * len(groups), generator)
+        held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
+        # Without a label to judge by, the last pass is the best.
+        is_best = np.isnan(held_loss) or held_loss < best_loss
+        if is_best:
+            best = {name: t.clone() for name, t in trainer.state().items()}
+            best_loss, num_worse = held_loss, 0
+        else:
+            num_worse += 1
+        yield FitResult(epoch, loss, held_loss, bool(is_best))
+        if num_worse >= training.patience:
+            break
+    for group, rate in zip(trainer.optimizer.param_groups, base, strict=True):
+        group["lr"] = rate
+    trainer.restore(best)
+
+
+def _log_loss(trainer: Trainer, data: StreamData, units: Int64s, known_before_us: int) -> float:
+    """Log loss of the units' rows whose label is known by then; NaN without any."""
+    row, logit = trainer.predict(data, units)
+    label, label_time = (
+        t[torch.from_numpy(row).to(t.device)].cpu().numpy()
+        for t in (data.tensors.label_N, data.tensors.label_time_N)
+    )
+    is_known = ~np.isnan(label) & (label_time < known_before_us)
+    if not is_known.any():
+        return float("nan")
+    margin = np.where(label == 1, logit, -logit)[is_known]
+    return float(np.logaddexp(0, -margin).mean())
 
 
 def _groups(units: Int64s, size: int) -> list[Int64s]:

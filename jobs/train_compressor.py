@@ -69,8 +69,8 @@ class Args:
     """Train on this share of users (by hash); tokens are written for all."""
     user_seed: int = 0
     """Which users the share keeps."""
-    epochs: int = 3
-    """Passes over the days (frozen)."""
+    epochs: int = 8
+    """Passes over the days, at most (frozen)."""
     seed: int = 0
     """Of initial weights and batches."""
     device: str = "auto"
@@ -169,11 +169,13 @@ def train(args: Args, domain: Domain) -> dict[str, Any]:
 def _frozen(trainer: Trainer, data: StreamData, days: Days, args: Args) -> dict[str, Any]:
     span = day_range(days)
     kept = users_kept(data.user_id, args.user_share, args.user_seed)
-    losses: list[float] = []
+    figures: dict[str, Any] = {}
     if not args.untrained:
         steps = fit(trainer, data, span, kept=kept)
-        losses = [loss for _, loss in tqdm(steps, total=args.epochs, desc="epochs", unit="epoch")]
-    return {"loss": losses[-1] if losses else None}
+        passes = list(tqdm(steps, total=args.epochs, desc="epochs", unit="epoch"))
+        best = [each for each in passes if each.is_best][-1]
+        figures |= {"loss": best.loss, "held_out_loss": best.held_out_loss, "passes": len(passes)}
+    return figures
 
 
 def _streaming(
