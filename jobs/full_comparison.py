@@ -95,8 +95,14 @@ class Crew:
     """Arms that train in one process."""
 
 
-CPU_CREW = Crew(line_processes=0, arm_processes=2)
-GPU_CREW = Crew(line_processes=6, arm_processes=1, arms_at_once=8)
+def crew_of(device: str) -> Crew:
+    """As many as a machine carries. On a GPU a compressor step is bound by its launches, a core
+    each; a dozen fill one GPU. Arms overlap on it, which eight do about as well as more."""
+    cpus, num_devices = os.cpu_count() or 1, max(1, len(gpus(device)))
+    if not device.startswith("cuda"):
+        return Crew(line_processes=0, arm_processes=cpus)
+    lines = min(12, max(1, cpus // num_devices - 3))
+    return Crew(line_processes=lines, arm_processes=1, arms_at_once=8)
 
 
 @dataclass(frozen=True)
@@ -399,7 +405,7 @@ def run(
 
     Args:
         limit_s: seconds after which no result is waited for and the report is made of what is
-            there.
+            there, which takes up to a minute more.
     """
     started = time.perf_counter()
     results = Results(folder)
@@ -413,8 +419,8 @@ def run(
     blocked = [task for task in arms if not results.has(task)]
     has_time = limit_s is None or time.perf_counter() - started < limit_s
     if (waiting or blocked) and has_time:
-        default = GPU_CREW if plan.device.startswith("cuda") else CPU_CREW
-        _run_tasks(plan, results, waiting, blocked, crew or default, started, limit_s)
+        crew = crew or crew_of(plan.device)
+        _run_tasks(plan, results, waiting, blocked, crew, started, limit_s)
     report = report_of(plan, folder)
     report["seconds"] = time.perf_counter() - started
     _write_text(folder / "report.json", json.dumps(report, indent=1))
@@ -569,7 +575,7 @@ def report_of(plan: Plan, folder: Path, *, bootstraps: int = 200) -> dict[str, A
     if len(scored) < SMALL:
         rows = list(map(_row, wanted))
     else:
-        with ProcessPoolExecutor(min(16, os.cpu_count() or 1), get_context("spawn")) as pool:
+        with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool:
             rows = list(pool.map(_row, wanted))
     report["windows"] = {
         name: [row for (of, *_), row in zip(wanted, rows, strict=True) if of == name]
