@@ -33,6 +33,7 @@ from downstream.streaming import RankerTrainer
 from downstream.streaming import fit as fit_ranker
 from downstream.streaming import walk as walk_ranker
 from downstream.user_index import IndexStore
+from jobs import progress
 from pipelines.days import as_date
 from pipelines.domain import Domain
 
@@ -125,7 +126,7 @@ def run_arm(
         data = data.with_store(with_shuffled_tokens(data.store, training.seed))
     trainer = RankerTrainer.create(ranker, arm(chosen.parts, config), training, data)
     if test_from is None:
-        results = list(walk_ranker(trainer, data, days))
+        results = list(progress.ticked(walk_ranker(trainer, data, days)))
         sample, score = (
             np.concatenate([r.sample for r in results]),
             np.concatenate([r.score for r in results]),

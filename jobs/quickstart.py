@@ -17,19 +17,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import torch
 from deltalake import DeltaTable
-from tqdm import tqdm
 
 from compressor.configs import SourceConfig
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import RankerData
 from downstream.user_index import IndexStore, UserIndex
-from jobs import compare, comparison, ledger, report, train_compressor, verify
+from jobs import compare, comparison, ledger, progress, report, train_compressor, verify
 from jobs.comparison import LINES, QUICK_ARMS, Arm, Predictions
 from jobs.token_figures import token_figures
 from jobs.train_compressor import device_of
@@ -242,23 +242,26 @@ class _Runs:
         names = sorted({a.line for a in QUICK_ARMS if a.line}, key=lambda n: LINES[n].is_trained)
         tokenless = [a for a in QUICK_ARMS if not a.line]
         self.build_index(self.scratch / "histories", [])
-        with ProcessPoolExecutor(workers, get_context("spawn"), _quiet, (workers,)) as pool:
+        context = get_context("spawn")
+        ticks: SimpleQueue[int] = context.SimpleQueue()
+        with ProcessPoolExecutor(workers, context, _start_worker, (workers, ticks)) as pool:
             jobs: dict[Future[Any], Arm | str] = {}
             for name in reversed(names):  # the slowest first
                 jobs[pool.submit(self.line, name)] = name
             for arm in reversed(tokenless):
                 jobs[pool.submit(self.arm, arm, self.scratch / "histories")] = arm
-            bar = tqdm(total=len(names) + len(QUICK_ARMS), desc="training runs", unit="run")
+            num_runs = len(names) + len(QUICK_ARMS)
+            num_days = num_runs * len(self.span)
+            bar = progress.bar(num_days, desc=f"{num_runs} training runs", unit="day")
             while jobs:
-                for future in wait(jobs, return_when=FIRST_COMPLETED).done:
+                done = wait(jobs, timeout=0.5, return_when=FIRST_COMPLETED).done
+                bar.update(progress.count(ticks))
+                for future in done:
                     what = jobs.pop(future)
-                    bar.update()
                     if isinstance(what, Arm):
                         found[what.name] = future.result()
-                        bar.set_postfix_str(what.name)
                         continue
                     lines.append(future.result())
-                    bar.set_postfix_str(f"compressor {what}")
                     if len(lines) == len(names):
                         index = self.scratch / "index"
                         self.build_index(index, names)
@@ -306,11 +309,11 @@ def _data(runs: _Runs, folder: Path) -> RankerData:
     return runs.data(folder)
 
 
-def _quiet(workers: int) -> None:
+def _start_worker(workers: int, ticks: SimpleQueue[int]) -> None:
     """A worker process: its share of the cores, no bars of its own."""
+    progress.forward_to(ticks)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     logging.getLogger().setLevel(logging.WARNING)
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 def bytes_per_instance(domain: Domain, chosen: Arm, store: IndexStore) -> float:

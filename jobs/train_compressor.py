@@ -22,7 +22,7 @@ from compressor.nn.embedding import Vocabulary
 from compressor.training import metrics
 from compressor.versions import Version
 from compressor.walk import DayResult, Trainer, fit, walk
-from jobs import ledger
+from jobs import ledger, progress
 from pipelines import delta, tables
 from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
@@ -189,7 +189,7 @@ def _streaming(
 ) -> dict[str, Any]:
     results: list[DayResult] = []
     kept = users_kept(data.user_id, args.user_share, args.user_seed)
-    bar = tqdm(total=len(days), desc=f"compressor {manifest.line}", unit="day")
+    bar = progress.bar(len(days), desc=f"compressor {manifest.line}", unit="day")
     for chunk in days.chunks(FLUSH_DAYS):
         for result in days_of_walk(
             trainer,
