@@ -122,18 +122,7 @@ class Results:
 
     def claim(self, plan: Plan, rows: pa.Table) -> None:
         """Make the folder this plan's; one that holds results of another plan is refused."""
-        wanted = json.loads(json.dumps(plan.settings() | {"rows": len(rows)}, default=str))
-        path = self.folder / "settings.json"
-        if path.exists():
-            held = json.loads(path.read_text())
-            differing = [k for k in wanted if held.get(k) != wanted[k]]
-            if differing:
-                raise InputError(
-                    f"{self.folder} holds results with other {', '.join(differing)}; remove it, or "
-                    "give another folder"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write_text(path, json.dumps(wanted, indent=1))
+        _claim(self.folder, plan.settings() | {"rows": len(rows)})
 
     def path(self, task: Task) -> Path:
         kind = {"line": "lines", "arm": "arms"}[task.kind]
@@ -161,6 +150,22 @@ class Results:
         )
 
 
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what a folder is of; one that is of something else is refused."""
+    wanted = json.loads(json.dumps(settings, default=str))
+    path = folder / "settings.json"
+    if path.exists():
+        held = json.loads(path.read_text())
+        differing = [k for k in wanted if held.get(k) != wanted[k]]
+        if differing:
+            raise InputError(
+                f"{folder} is of a run with other {', '.join(differing)}; remove it, or give "
+                "another folder"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_text(path, json.dumps(wanted, indent=1))
+
+
 def _write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}")
     part.write_text(text)
@@ -170,6 +175,8 @@ def _write_text(path: Path, text: str) -> None:
 def prepare(plan: Plan, rows: pa.Table, folder: Path) -> None:
     """What workers map into memory: the ranker's samples and index, and the streams of its users
     and of all."""
+    whose = {"domain": plan.domain.name, "rows": len(rows)}
+    _claim(folder, whose | {"user_share": plan.user_share, "user_seed": plan.user_seed})
     own = rows
     if plan.user_share < 1:
         user_id = rows.column("user_id").to_numpy()
@@ -192,8 +199,9 @@ def prepare(plan: Plan, rows: pa.Table, folder: Path) -> None:
 class Workspace:
     """One process's data, read from the prepared folder as it is needed."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.data_folder, self.results = plan, folder / "data", Results(folder)
+    def __init__(self, plan: Plan, folder: Path, data: Path | None = None) -> None:
+        self.plan, self.results = plan, Results(folder)
+        self.data_folder = data or folder / "data"
         self.held = prepared.opened(self.data_folder / "samples")
         self.days = range(*map(int, self.held["days"]))
         self._samples: RankerData | None = None
@@ -278,14 +286,20 @@ class Workspace:
 
 
 def _work(
-    plan: Plan, folder: Path, gpu: str | None, threads: int, number: int, tasks: Any, done: Any
+    plan: Plan,
+    folders: tuple[Path, Path],
+    gpu: str | None,
+    threads: int,
+    number: int,
+    tasks: Any,
+    done: Any,
 ) -> None:
     """A worker process: threads that take tasks until told to stop."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(plan.threads)
     torch.set_float32_matmul_precision("high")
-    workspace = Workspace(plan, folder)
+    workspace = Workspace(plan, *folders)
 
     def take() -> None:
         with _own_stream(plan.device):
@@ -335,25 +349,23 @@ class Worker:
 class Gang:
     """The worker processes of a run, ended with it."""
 
-    def __init__(self, plan: Plan, folder: Path, crew: Crew) -> None:
+    def __init__(self, plan: Plan, folder: Path, data: Path, crew: Crew) -> None:
+        self._plan, self._folders = plan, (folder, data)
         self._context = get_context("spawn")
         self.done = self._context.Queue()
         self.workers: list[Worker] = []
         both = ("arm",) if crew.line_processes else ("line", "arm")
         for gpu in gpus(plan.device):
             for _ in range(crew.line_processes):
-                self._start(plan, folder, gpu, ("line",), 1)
+                self._start(gpu, ("line",), 1)
             for _ in range(crew.arm_processes):
-                self._start(plan, folder, gpu, both, crew.arms_at_once)
+                self._start(gpu, both, crew.arms_at_once)
 
-    def _start(
-        self, plan: Plan, folder: Path, gpu: str | None, kinds: tuple[str, ...], threads: int
-    ) -> None:
+    def _start(self, gpu: str | None, kinds: tuple[str, ...], threads: int) -> None:
         tasks = self._context.Queue()
         number = len(self.workers)
-        process = self._context.Process(
-            target=_work, args=(plan, folder, gpu, threads, number, tasks, self.done), daemon=True
-        )
+        given = (self._plan, self._folders, gpu, threads, number, tasks, self.done)
+        process = self._context.Process(target=_work, args=given, daemon=True)
         process.start()
         self.workers.append(Worker(process, tasks, kinds, threads))
 
@@ -399,19 +411,23 @@ def run(
     *,
     crew: Crew | None = None,
     limit_s: float | None = None,
+    data: Path | None = None,
 ) -> dict[str, Any]:
     """All lines, arms and seeds that the folder does not hold yet, each arm as soon as its line is
     there; returns the report's sections.
 
     Args:
+        data: a folder for what is prepared of the rows, which comparisons of other protocols or
+            settings may share; by default inside `folder`.
         limit_s: seconds after which no result is waited for and the report is made of what is
             there, which takes up to a minute more.
     """
     started = time.perf_counter()
     results = Results(folder)
+    data = data or folder / "data"
     rows = load_rows()
     results.claim(plan, rows)
-    prepare(plan, rows, folder / "data")
+    prepare(plan, rows, data)
     del rows
     log.info("data prepared in %.0f s", time.perf_counter() - started)
     lines, arms = tasks_of(plan)
@@ -420,8 +436,8 @@ def run(
     has_time = limit_s is None or time.perf_counter() - started < limit_s
     if (waiting or blocked) and has_time:
         crew = crew or crew_of(plan.device)
-        _run_tasks(plan, results, waiting, blocked, crew, started, limit_s)
-    report = report_of(plan, folder)
+        _run_tasks(plan, results, data, waiting, blocked, crew, started, limit_s)
+    report = report_of(plan, folder, data)
     report["seconds"] = time.perf_counter() - started
     _write_text(folder / "report.json", json.dumps(report, indent=1))
     return report
@@ -439,6 +455,7 @@ def tasks_of(plan: Plan) -> tuple[list[Task], list[Task]]:
 def _run_tasks(
     plan: Plan,
     results: Results,
+    data: Path,
     waiting: list[Task],
     blocked: list[Task],
     crew: Crew,
@@ -451,37 +468,37 @@ def _run_tasks(
         name = line_of[task.name]
         return not name or results.has(Task("line", name, task.seed))
 
-    gang, running, failures = Gang(plan, results.folder, crew), 0, []
-    judge = _Judge(plan, results)
+    failures: list[str] = []
+    gang, running = Gang(plan, results.folder, data, crew), 0
+    judge = _Judge(plan, results, data)
     bar = tqdm(
         total=len(waiting) + len(blocked),
         desc=f"{plan.domain.name} {plan.protocol}",
         unit="run",
         mininterval=5,
     )
+    news: tuple[Task, str | None] | None = None
     try:
         while True:
             opened = [task for task in blocked if is_open(task)]
             blocked = [task for task in blocked if task not in opened]
             waiting += opened
             running += gang.give(waiting)
+            # Judged after work is handed out: it takes as long as a good many steps.
+            if news is not None:
+                _tell(judge, *news)
             if not running:
                 break
             left_s = float("inf") if limit_s is None else started + limit_s - time.perf_counter()
             if left_s <= 0:
                 log.warning("%d runs are left at the limit of %.0f s", bar.total - bar.n, limit_s)
                 break
-            found = gang.next_done(min(5.0, left_s))
-            if found is None:
-                continue
-            running -= 1
-            task, error = found
-            bar.update()
-            if error is None:
-                log.info("%s", judge.line(task))
-            else:
-                failures.append(f"{task.name} seed {task.seed}")
-                log.error("%s seed %d failed: %s", task.name, task.seed, error)
+            news = gang.next_done(min(5.0, left_s))
+            if news is not None:
+                running -= 1
+                bar.update()
+                task, error = news
+                failures += [f"{task.name} seed {task.seed}"] if error else []
     finally:
         gang.end()
         bar.close()
@@ -492,12 +509,19 @@ def _run_tasks(
         )
 
 
+def _tell(judge: _Judge, task: Task, error: str | None) -> None:
+    if error is None:
+        log.info("%s", judge.line(task))
+    else:
+        log.error("%s seed %d failed: %s", task.name, task.seed, error)
+
+
 class _Judge:
     """A line of text on what has just been finished."""
 
-    def __init__(self, plan: Plan, results: Results) -> None:
+    def __init__(self, plan: Plan, results: Results, data: Path) -> None:
         self.plan, self.results = plan, results
-        self.scored = Scored.opened(results.folder)
+        self.scored = Scored.opened(data)
 
     def line(self, task: Task) -> str:
         about = self.results.about(task)
@@ -531,18 +555,20 @@ class Scored:
     days: range
 
     @classmethod
-    def opened(cls, folder: Path) -> Scored:
-        """The samples of a run's folder."""
-        held = prepared.opened(folder / "data" / "samples")
+    def opened(cls, data: Path) -> Scored:
+        """The prepared samples."""
+        held = prepared.opened(data / "samples")
         return cls(prepared.samples_held(held), range(*map(int, held["days"])))
 
     def __len__(self) -> int:
         return len(self.samples)
 
 
-def report_of(plan: Plan, folder: Path, *, bootstraps: int = 200) -> dict[str, Any]:
+def report_of(
+    plan: Plan, folder: Path, data: Path | None = None, *, bootstraps: int = 200
+) -> dict[str, Any]:
     """The report's sections of whatever a folder holds: arms over the seeds that are finished."""
-    results, scored = Results(folder), Scored.opened(folder)
+    results, scored = Results(folder), Scored.opened(data or folder / "data")
     lines, arms = tasks_of(plan)
     found = {
         a.name: [results.predictions(t) for t in arms if t.name == a.name and results.has(t)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Generic, TypeVar
 
 import torch
@@ -56,8 +55,14 @@ class Captured(Generic[Result]):
         self.graph.replay()
 
 
-@cache
+_threads = threading.local()
+
+
 def _capture_stream() -> torch.cuda.Stream:
-    """One for all captures: streams come from a small ring, and a new one each time would soon be
-    that on which another thread works."""
-    return torch.cuda.Stream()
+    """One a thread. Graphs of two threads that were captured on one stream would share a matrix
+    product's workspace while they run at once; and streams come from a small ring, so that a new
+    one each time would soon be that on which another thread works."""
+    if not hasattr(_threads, "stream"):
+        _threads.stream = torch.cuda.Stream()
+    stream: torch.cuda.Stream = _threads.stream
+    return stream

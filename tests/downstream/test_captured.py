@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -81,3 +82,20 @@ def test_a_frozen_run_that_is_captured_ends_with_its_best_weights(data: RankerDa
         found.append((np.array(passes), trainer.predict(data, data.of_days(0, 6))[1]))
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4, equal_nan=True)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_runs_at_once_do_not_disturb_each_other(data: RankerData) -> None:
+    data = on_gpu(data)
+    torch.cuda.synchronize()
+
+    def scores(_: int) -> np.ndarray:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            trainer = RankerTrainer.create("din", arm("match", SMALL), TRAINING, data)
+            return np.concatenate([r.score for r in walk(trainer, data, DAYS)])
+
+    alone = scores(0)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(scores, range(8)):
+            np.testing.assert_allclose(found, alone, rtol=2e-3, atol=2e-4)

@@ -158,8 +158,16 @@ def test_a_folder_of_other_settings_is_refused(tmp_path: Path) -> None:
     rows = stream_rows(tiny())
     Results(tmp_path).claim(plan_of(), rows)
     Results(tmp_path).claim(plan_of(seeds=(0, 1, 2)), rows)
-    with pytest.raises(InputError, match="other ranker"):
+    with pytest.raises(InputError, match="other ranker;"):
         Results(tmp_path).claim(plan_of(ranker="transformer"), rows)
+
+
+def test_prepared_rows_of_other_users_are_refused(tmp_path: Path) -> None:
+    rows = stream_rows(tiny())
+    full_comparison.prepare(plan_of(arms=ARMS[:1]), rows, tmp_path)
+    full_comparison.prepare(plan_of(arms=ARMS[:1], protocol="frozen"), rows, tmp_path)
+    with pytest.raises(InputError, match="other user_share"):
+        full_comparison.prepare(plan_of(arms=ARMS[:1], user_share=0.5), rows, tmp_path)
 
 
 def test_what_workers_map_is_what_was_built(tmp_path: Path) -> None:
