@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
@@ -18,7 +19,8 @@ from pyspark.sql import functions as F  # noqa: N812
 from jobs import ledger
 from jobs.events import open_events
 from jobs.spark import SparkTables, session
-from pipelines import tables
+from jobs.spark_faults import explained
+from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -33,8 +35,9 @@ log = logging.getLogger(__name__)
 class Args:
     """Build a domain's instances from its raw events: the days asked for, whole, in one commit.
 
-    Events that break a rule go to quarantine/DOMAIN with the rule; past limits.max_quarantined_share
-    of the events the job fails with the counts (exit 1) and leaves the instances as they were.
+    Events that break a rule go to quarantine/DOMAIN with the rule. Past
+    limits.max_quarantined_share of the days' events (of the log's, for those that have no day) the
+    job fails with the counts (exit 1) and leaves the instances as they were.
     """
 
     domain: str
@@ -61,7 +64,10 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    with ledger.job(args.lake, "build-instances", args) as run:
+    # The domain file's own words are what a commit is of; the clock below never enters it.
+    given = domain
+    doing = f"building instances of {domain.name}"
+    with ledger.job(args.lake, "build-instances", args) as run, explained(doing):
         spark = session(args.master)
         events, place = open_events(
             spark, domain, args.lake,
@@ -71,12 +77,17 @@ def main(args: Args) -> dict[str, Any]:
         if args.end is None:
             domain = _without_future(domain)
         days, num_events = asked_days(events, domain, args.start, args.end)
-        result = {"domain": domain.name, "source": place, "days": str(days), "events": num_events}
+        result: dict[str, Any] = {
+            "domain": domain.name,
+            "source": place,
+            "days": str(days),
+            "events": num_events,
+        }
         if not args.dry_run:
             log.info("instances of %s in %s, from %s", domain.name, days, place)
             lake = SparkTables(spark, args.lake)
-            commit = ledger.commit_of(run, domain, {"source": place})
-            result |= build(lake, events, domain, days, commit=commit, run=run.run)
+            commit = ledger.commit_of(run, given, {"source": place})
+            result |= build(lake, events, domain, days, num_events, commit=commit, run=run.run)
             run.add(rows=result["instances"])
     sys.stdout.write(as_text(result))
     return result
@@ -87,35 +98,43 @@ def build(
     events: DataFrame,
     domain: Domain,
     days: Days,
+    num_events: int,
     *,
     commit: Mapping[str, str],
     run: str,
 ) -> dict[str, Any]:
-    """Write quarantine, then instances; returns counts of what was read, kept and rejected."""
+    """Write quarantine, then instances; returns counts of what was kept and rejected.
+
+    `num_events` is of the whole log.
+    """
     rows = checked(events, domain, days).persist(StorageLevel.MEMORY_AND_DISK)
+    has_day = F.to_date("event_time").eqNullSafe(F.col("event_date"))
     try:
-        counts = rows.groupBy("rule").count().collect()
-        by_rule = {row["rule"]: int(row["count"]) for row in counts}
-        num_kept = by_rule.pop(None, 0)
-        num_rejected = sum(by_rule.values())
+        counted = rows.groupBy("rule", has_day.alias("has_day")).count().collect()
+        num_kept = sum(row["count"] for row in counted if row["rule"] is None)
+        rules: Counter[str] = Counter()
+        for row in counted:
+            if row["rule"] is not None:
+                rules[row["rule"]] += row["count"]
+        num_dayless = sum(row["count"] for row in counted if not row["has_day"])
         lake.replace(tables.quarantine(domain), rejected(rows, run=run), days, commit=commit)
-        check_share(domain, by_rule, num_kept + num_rejected, lake.lake)
+        check_share(
+            domain, rules, lake.lake, num_kept=num_kept, num_dayless=num_dayless,
+            num_events=num_events,
+        )  # fmt: skip
         instances = with_negatives(accepted(rows, domain), domain)
         version = lake.replace(tables.instances(domain), instances, days, commit=commit)
     finally:
         rows.unpersist()
-    written = lake.read(tables.instances(domain), days, version=version)
-    per_day = written.groupBy("event_date").agg(
-        F.count("*").alias("rows"), F.count_if("is_sampled").alias("sampled")
-    )
-    found = per_day.collect()
+    per_day = delta.num_rows(lake.lake, tables.instances(domain), days, version=version)
+    num_instances = sum(per_day.values())
     return {
         "kept": num_kept,
-        "quarantined": num_rejected,
-        "rules": dict(sorted(by_rule.items())),
-        "instances": sum(row["rows"] for row in found),
-        "sampled": sum(row["sampled"] for row in found),
-        "empty_days": len(days) - len(found),
+        "quarantined": sum(rules.values()),
+        "rules": dict(sorted(rules.items())),
+        "instances": num_instances,
+        "sampled": num_instances - num_kept,
+        "empty_days": len(days) - len(per_day),
         "version": version,
     }
 
@@ -126,19 +145,21 @@ def asked_days(
     """The days to build, within the log; InputError if it has no event in them."""
     found = extent(events, domain).collect()[0]
     first, last = found["first_day"], found["last_day"]
+    if not found["num_events"]:
+        raise InputError(f"the log of domain {domain.name!r} is empty: it has no event at all")
     if first is None:
         raise InputError(
             f"none of the {found['num_events']} events of domain {domain.name!r} has a readable "
             f"time: check [columns] time = {domain.columns.time!r} and "
             f"time_unit = {domain.columns.time_unit!r}"
         )
-    days = Days(start or first, end or last + timedelta(days=1))
-    if days.end <= first or days.start > last:
+    start, end = start or first, end or last + timedelta(days=1)
+    if start >= end or end <= first or start > last:
         raise InputError(
-            f"domain {domain.name!r} has no event in {days}: its log goes from {first} to {last}; "
-            "nothing was written"
+            f"domain {domain.name!r} has no event in [{start}, {end}): its log goes from {first} "
+            f"to {last} (--end is the day after the last); nothing was written"
         )
-    return days, int(found["num_events"])
+    return Days(start, end), int(found["num_events"])
 
 
 def _without_future(domain: Domain) -> Domain:
@@ -152,18 +173,31 @@ def _without_future(domain: Domain) -> Domain:
     return replace(domain, limits=replace(domain.limits, latest=tomorrow.isoformat()))
 
 
-def check_share(domain: Domain, by_rule: Mapping[str, int], num_events: int, lake: str) -> None:
-    """CheckFailedError past the share of rejected events that the domain file allows."""
-    num_rejected = sum(by_rule.values())
-    if num_rejected <= domain.limits.max_quarantined_share * num_events:
+def check_share(
+    domain: Domain,
+    rules: Mapping[str, int],
+    lake: str,
+    *,
+    num_kept: int,
+    num_dayless: int,
+    num_events: int,
+) -> None:
+    """CheckFailedError past the share of rejected events that the domain file allows.
+
+    Events without a day are met by every run, whatever its days: they count against the whole log.
+    """
+    limit = domain.limits.max_quarantined_share
+    num_rejected = sum(rules.values())
+    num_here = num_kept + num_rejected - num_dayless
+    if num_rejected - num_dayless <= limit * num_here and num_dayless <= limit * num_events:
         return
-    counts = ", ".join(f"{rule} {count}" for rule, count in sorted(by_rule.items()))
+    counts = ", ".join(f"{rule} {count}" for rule, count in sorted(rules.items()))
     raise CheckFailedError(
-        f"{num_rejected} of {num_events} events were rejected ({counts}), above "
-        f"limits.max_quarantined_share = {domain.limits.max_quarantined_share}; the instances stay "
-        f"as they were. Look at {tables.quarantine(domain).name} in {lake}, then mend the log or "
-        "raise the limit",
-        {"events": num_events, "quarantined": num_rejected, "rules": dict(by_rule)},
+        f"of {num_here} events {num_rejected - num_dayless} were rejected, and of the log's "
+        f"{num_events} events {num_dayless} have no day ({counts}): more than "
+        f"limits.max_quarantined_share = {limit}. The instances stay as they were. Look at "
+        f"{tables.quarantine(domain).name} in {lake}, then mend the log or raise the limit",
+        {"events": num_here, "quarantined": num_rejected, "rules": dict(sorted(rules.items()))},
     )
 
 

@@ -1,4 +1,4 @@
-"""Instances -> ranker samples: who asked, when, about what; the past is pointed to, never copied."""
+"""Instances -> ranker samples: who asked, when, about what; they point to the past."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from pyspark.sql import functions as F  # noqa: N812
+import pyarrow.compute as pc
 
 from jobs import ledger
 from jobs.spark import SparkTables, session
+from jobs.spark_faults import explained
 from pipelines import delta, tables
 from pipelines.domain import load as load_domain
 from pipelines.samples import ranker_samples
@@ -43,18 +44,25 @@ def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     source, table = tables.instances(domain), tables.ranker_samples(domain)
     days, version = delta.days_of(args.lake, source, args.start, args.end)
-    result = {"domain": domain.name, "days": str(days), "input_versions": {source.name: version}}
+    result: dict[str, Any] = {
+        "domain": domain.name,
+        "days": str(days),
+        "input_versions": {source.name: version},
+    }
     if args.dry_run:
         sys.stdout.write(f"{domain.name}: would build ranker samples of {days}\n")
         return result
-    with ledger.job(args.lake, "build-samples", args) as run:
+    doing = f"building ranker samples of {domain.name}"
+    with ledger.job(args.lake, "build-samples", args) as run, explained(doing):
         lake = SparkTables(session(args.master), args.lake)
         ready = model_ready(lake.read(source, days, version=version), domain)
         commit = ledger.commit_of(run, domain, result["input_versions"])
         written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
-        rows = lake.read(table, days, version=written)
-        counted = rows.agg(F.count("*").alias("rows"), F.count_if("is_sampled").alias("sampled"))
-        result |= counted.collect()[0].asDict()
+        is_sampled = delta.read(args.lake, table, days, columns=["is_sampled"], version=written)
+        result |= {
+            "rows": len(is_sampled),
+            "sampled": pc.sum(is_sampled["is_sampled"]).as_py() or 0,
+        }
         run.add(rows=result["rows"])
     sys.stdout.write(
         f"{domain.name}, {days}: {result['rows']} ranker samples, {result['sampled']} of them "

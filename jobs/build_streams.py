@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from pyspark.sql import functions as F  # noqa: N812
 from tqdm import tqdm
 
 from jobs import ledger
 from jobs.spark import SparkTables, session
+from jobs.spark_faults import explained
 from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
@@ -51,9 +51,14 @@ def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     source = tables.instances(domain)
     days, version = delta.days_of(args.lake, source, args.start, args.end)
-    result = {"domain": domain.name, "days": str(days), "input_versions": {source.name: version}}
+    result: dict[str, Any] = {
+        "domain": domain.name,
+        "days": str(days),
+        "input_versions": {source.name: version},
+    }
     if not args.dry_run:
-        with ledger.job(args.lake, "build-streams", args) as run:
+        doing = f"building streams of {domain.name}"
+        with ledger.job(args.lake, "build-streams", args) as run, explained(doing):
             commit = ledger.commit_of(run, domain, result["input_versions"])
             lake = SparkTables(session(args.master), args.lake)
             result |= {"rows": build(lake, domain, days, version, commit=commit)}
@@ -66,17 +71,17 @@ def build(
     lake: SparkTables, domain: Domain, days: Days, version: int, *, commit: Mapping[str, str]
 ) -> dict[str, int]:
     """Replace the days of all three tables; returns the rows that each now has in them."""
-    ready = model_ready(lake.read(tables.instances(domain), days, version=version), domain)
+    instances = lake.read(tables.instances(domain), days, version=version)
+    ready = model_ready(instances, domain)
     wanted = (
-        (tables.temporal_order(domain), ready.select(*tables.temporal_order(domain).schema.names)),
+        (tables.temporal_order(domain), temporal_order(instances, domain)),
         (tables.user_order(domain), user_order(ready, domain)),
         (tables.histories(domain), histories(ready, domain)),
     )
     found: dict[str, int] = {}
     for table, rows in tqdm(wanted, desc=f"streams of {domain.name}", unit="table", delay=5):
         written = lake.replace(table, rows, days, commit=commit)
-        count = lake.read(table, days, version=written).agg(F.count("*").alias("n")).collect()
-        found[table.name] = int(count[0]["n"])
+        found[table.name] = sum(delta.num_rows(lake.lake, table, days, version=written).values())
     return found
 
 

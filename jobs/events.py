@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.types import StringType, StructField, StructType
 
+from jobs.spark_faults import SPARK_ERRORS, reason
 from pipelines import sources
 from pipelines.domain import Domain
 from pipelines.errors import InputError
+from pipelines.instances import BROKEN_ROW
 
 
 def open_events(
@@ -40,18 +42,35 @@ def open_events(
             f"{domain.name!r} reads {domain.source.path}"
         )
     place = _place(domain)
-    kind = domain.source.format
-    reader = spark.read.format(kind)
-    if kind == "csv":
-        # Text as it came: what is a number or a time, the domain file says. Quotes as `iat init`.
-        reader = reader.options(header=True, escape='"', mode="PERMISSIVE", encoding="UTF-8")
+    kind, where = domain.source.format, f"[source] of domain {domain.name!r}: {place}"
     try:
-        return reader.load(place), place
-    except PySparkException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"[source] of domain {domain.name!r}: {place} does not read as {kind}: {reason}"
-        ) from error
+        events = _csv(spark, place) if kind == "csv" else spark.read.format(kind).load(place)
+    except SPARK_ERRORS as error:
+        raise InputError(f"{where} does not read as {kind}: {reason(str(error))}") from error
+    if not events.columns:
+        raise InputError(f"{where} is empty: a CSV file starts with the names of its columns")
+    return events, place
+
+
+def _csv(spark: SparkSession, place: str) -> DataFrame:
+    """Text as it came (what is a number or a time, the domain file says); quotes as `iat init`
+    reads them. A line of too many or too few values stands whole in the column BROKEN_ROW."""
+    reader = spark.read.format("csv").options(
+        header=True,
+        escape='"',
+        multiLine=True,
+        encoding="UTF-8",
+        mode="PERMISSIVE",
+        columnNameOfCorruptRecord=BROKEN_ROW,
+        # The files of a folder must name the same columns; with pruning no line's length is seen.
+        enforceSchema=Path(place).is_file(),
+        columnPruning=False,
+    )
+    columns = reader.load(place).columns
+    if not columns:
+        return reader.load(place)
+    texts = [StructField(name, StringType()) for name in (*columns, BROKEN_ROW)]
+    return reader.schema(StructType(texts)).load(place)
 
 
 def _place(domain: Domain) -> str:

@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from deltalake.exceptions import DeltaError
 
 from pipelines import delta, tables
 from pipelines.domain import Domain
-from pipelines.errors import RetryableError
+from pipelines.errors import InputError, RetryableError
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +191,7 @@ def _write(
     try:
         rows = pa.Table.from_pylist([row], schema=table.schema)
         delta.replace(lake, table, rows, None, commit={"job": run.job, "run": run.run}, where=where)
-    except (RetryableError, OSError) as error:
+    except (RetryableError, InputError, DeltaError, OSError) as error:
         log.warning("this run is not in the ledger: %s", error)
 
 

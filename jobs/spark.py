@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import json
+import logging
 import os
 import random
 import re
@@ -29,6 +30,7 @@ from pyspark.sql.types import StructType
 
 from jobs.jars import jar_paths
 from jobs.java import find_java
+from jobs.spark_faults import SPARK_ERRORS, as_ours
 from pipelines import delta
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
@@ -78,6 +80,8 @@ def session(
     `memory` is the driver's ("4g"), a third of this machine's by default. Nothing is downloaded.
     Under spark-submit, which has started Java by now, master, memory and jars are its own.
     """
+    # It says at its end, as information, that it has ended.
+    logging.getLogger("py4j").setLevel(logging.WARNING)
     running = SparkSession.getActiveSession()
     if running is not None:
         return _running_on(running, master)
@@ -169,7 +173,7 @@ class SparkTables:
 
         try:
             return retried(commit_once, what=f"{table.name} {days}")
-        except PySparkException as error:
+        except SPARK_ERRORS as error:
             raise _explained(error, table, days) from error
 
     def _path(self, table: Table) -> str:
@@ -335,11 +339,9 @@ def _most_tasks(spark: SparkSession) -> int:
     return max(shuffles, spark.sparkContext.defaultParallelism)
 
 
-def _explained(error: PySparkException, table: Table, days: Days) -> Exception:
+def _explained(error: Exception, table: Table, days: Days) -> Exception:
     """The error as a person can act on it."""
     text = str(error)
     if "DELTA_REPLACE_WHERE_MISMATCH" in text or "DELTA_VIOLATE_CONSTRAINT" in text:
         return InputError(f"{table.name}: rows outside {days}; nothing was written")
-    if "No space left on device" in text:
-        return RetryableError(f"no room on the disk for {table.name} {days}; nothing was written")
-    return error
+    return as_ours(error, f"writing {table.name} {days}")

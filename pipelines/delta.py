@@ -44,19 +44,31 @@ def days_of(
 ) -> tuple[Days, int]:
     """The days asked for, within a table's own (None: its first, its last), and its version.
 
-    From the partitions alone. InputError where the table has none of the days.
+    From the partitions alone. A day without rows between the first and the last is a day like any
+    other; InputError where the range lies outside them.
     """
     opened = open_table(lake, table)
     found = sorted(date.fromisoformat(str(p["event_date"])) for p in opened.partitions())
     if not found:
         raise InputError(f"{table.name} is empty; run the job that writes it first")
-    days = Days(start or found[0], end or found[-1] + timedelta(days=1))
-    if not any(day in days for day in found):
+    first, last = start or found[0], end or found[-1] + timedelta(days=1)
+    if first >= last or last <= found[0] or first > found[-1]:
         raise InputError(
-            f"{table.name} has no rows in {days}: its days go from {found[0]} to {found[-1]}; "
-            "build those days first"
+            f"{table.name} has no rows in [{first}, {last}): its days go from {found[0]} to "
+            f"{found[-1]} (--end is the day after the last); build those days first"
         )
-    return days, opened.version()
+    return Days(first, last), opened.version()
+
+
+def num_rows(lake: str, table: Table, days: Days, *, version: int | None = None) -> dict[date, int]:
+    """Rows of each of the days that has any, from the table's log: no file is read."""
+    actions = pa.table(open_table(lake, table, version).get_add_actions(flatten=True)).to_pylist()
+    found: dict[date, int] = {}
+    for action in actions:
+        day = action["partition.event_date"]
+        if day in days:
+            found[day] = found.get(day, 0) + action["num_records"]
+    return found
 
 
 def read(
@@ -130,6 +142,8 @@ def replace(
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
         except OSError as error:
             raise RetryableError(f"could not write {table.name} {days}: {error}") from error
+        except DeltaError as error:
+            raise _as_ours(error, f"could not write {place}") from error
     raise AssertionError("unreachable")
 
 
@@ -138,9 +152,19 @@ def _create(where: str, table: Table) -> None:
     create it is fine."""
     try:
         DeltaTable.create(where, table.schema, mode="error", partition_by=list(table.partition_by))
-    except (DeltaError, CommitFailedError):
+    except (DeltaError, OSError) as error:
         if not DeltaTable.is_deltatable(where):
-            raise
+            raise _as_ours(error, f"could not create {where}") from error
+
+
+def _as_ours(error: Exception, what: str) -> Exception:
+    """A full disk or a place that may not be written, which have no class of their own, as ours."""
+    text = str(error)
+    if "No space left on device" in text:
+        return RetryableError(f"{what}: no space left on the disk; free some space")
+    if any(sign in text for sign in ("Permission denied", "Read-only", "Not a directory")):
+        return InputError(f"{what}: {text}; choose another --lake, or change who may write to it")
+    return error
 
 
 def _expression(filters: list[tuple[str, str, Any]]) -> Any:

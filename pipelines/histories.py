@@ -6,11 +6,11 @@ from pyspark.sql import DataFrame
 
 from pipelines import tables
 from pipelines.domain import Domain
-from pipelines.user_order import NUM_BUCKETS, with_bucket
+from pipelines.user_order import with_bucket
 
 
 def histories(
-    model_ready: DataFrame, domain: Domain, *, num_buckets: int = NUM_BUCKETS
+    model_ready: DataFrame, domain: Domain, *, num_buckets: int = tables.NUM_BUCKETS
 ) -> DataFrame:
     """The real events among the model-ready rows, never a sampled one, in the user-order stream's
     order."""

@@ -21,6 +21,8 @@ DERIVED = {
     "day-of-year": F.dayofyear,
 }
 """weekday: 0 is Monday."""
+BROKEN_ROW = "_broken_row"
+"""A raw column of this name holds what could not be split into the others, else null."""
 
 
 def instances(
@@ -38,11 +40,10 @@ def checked(events: DataFrame, domain: Domain, days: Days) -> DataFrame:
     """Every event of `days` as an instance, with the first rule it breaks (null: none) and then
     its raw row.
 
-    Rules: null_user, null_item, bad_time, future (at or after limits.latest), bad_label:NAME (not
-    0 or
-    1, or no number), bad_label_time:NAME, label_before_event:NAME, bad_number:NAME,
-    not_finite:NAME,
-    duplicate (same user, item, request and time: one is kept, whatever the order of the log).
+    Rules: bad_row (see BROKEN_ROW), null_user, null_item, bad_time, future (at or after
+    limits.latest), bad_label:NAME (not 0 or 1, or no number), bad_label_time:NAME,
+    label_before_event:NAME, bad_number:NAME, not_finite:NAME, duplicate (same user, item, request
+    and time: one is kept, whatever the order of the log).
     Events whose time is no time or in the future belong to no day: they stand under `days.start`.
     Errors: InputError if a column is missing or of a type that cannot serve.
     """
@@ -156,7 +157,9 @@ class _Raw:
     def broken_rule(self) -> Column:
         """The first rule that the row breaks, null if none."""
         latest = self.domain.limits.latest
+        is_whole = self._of(BROKEN_ROW)[0].isNull() if BROKEN_ROW in self.types else F.lit(True)
         rules = {
+            "bad_row": ~is_whole,
             "null_user": self.user_key.isNull(),
             "null_item": self.item_key.isNull(),
             "bad_time": F.col("event_time").isNull(),

@@ -9,11 +9,9 @@ from pyspark.sql import functions as F
 from pipelines import tables
 from pipelines.domain import Domain
 
-NUM_BUCKETS = 16
-
 
 def user_order(
-    model_ready: DataFrame, domain: Domain, *, num_buckets: int = NUM_BUCKETS
+    model_ready: DataFrame, domain: Domain, *, num_buckets: int = tables.NUM_BUCKETS
 ) -> DataFrame:
     """The model-ready rows with user_bucket; the table sorts each day by (user_bucket, user_id,
     event_time, instance_id).
