@@ -70,7 +70,7 @@ class TrainingStep:
 
         slots = [t for kept in optimizer.state.values() for t in kept.values()]
         kept = [*parameters, *average.averaged, *slots, self.total, self.num_bad]
-        self.captured = Captured.of(step, kept)
+        self.captured = Captured(step, kept)
 
     def run(self, groups: Sequence[Array], known_before_us: int) -> float:
         """One step a group; returns the mean loss."""
@@ -103,7 +103,7 @@ class PredictionStep:
             batch = data.gather(self.piece_3R, data.piece_size, config)
             return batch.sample_RC, torch.sigmoid(model(batch).float())
 
-        self.captured = Captured.of(step)
+        self.captured = Captured(step)
 
     def run(self, pieces: Array) -> tuple[Array, Array]:
         """(sample, probability) of all candidates of the pieces, -1 where there is none."""

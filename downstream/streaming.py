@@ -134,6 +134,7 @@ class RankerTrainer:
         """The captured step over this data: captured once, as long as the data stays."""
         held = self._training_step
         if held is None or held.data is not data:
+            held = self._training_step = None
             held = self._training_step = TrainingStep(
                 data,
                 self.config,
@@ -149,6 +150,7 @@ class RankerTrainer:
     def _prediction_on(self, data: RankerData) -> PredictionStep:
         held = self._prediction_step
         if held is None or held.data is not data:
+            held = self._prediction_step = None
             held = self._prediction_step = PredictionStep(
                 data, self.config, self.model, num_pieces=PREDICT_REQUESTS
             )

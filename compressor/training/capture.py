@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
@@ -24,45 +23,42 @@ BUILDING = threading.RLock()
 and the pool of device memory."""
 
 
-@dataclass(frozen=True)
+_idle_streams: list[torch.cuda.Stream] = []
+
+
 class Captured(Generic[Result]):
     """A captured run; after `replay` its result holds the new values, on the current stream."""
 
-    graph: torch.cuda.CUDAGraph
     result: Result
 
-    @classmethod
-    def of(cls, run: Callable[[], Result], kept: Sequence[Tensor] = ()) -> Captured[Result]:
+    def __init__(self, run: Callable[[], Result], kept: Sequence[Tensor] = ()) -> None:
         """Capture `run`; the tensors it writes to, `kept`, are afterwards as they were before."""
         with BUILDING:
+            # No two live graphs are captured on one stream: they would share the workspace of its
+            # matrix products, write to it at once from two threads, and lose it with the first of
+            # them that is freed. Streams are used again, because they come from a small ring: a new
+            # one each time would soon be that on which another thread works.
+            self._stream = _idle_streams.pop() if _idle_streams else torch.cuda.Stream()
+            self._graph = torch.cuda.CUDAGraph()
             before = [tensor.detach().clone() for tensor in kept]
-            current, aside = torch.cuda.current_stream(), _capture_stream()
-            aside.wait_stream(current)
-            with torch.cuda.stream(aside):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
                 for _ in range(WARM_UPS):
                     run()
-            current.wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
+            current.wait_stream(self._stream)
             # Other threads go on with their own work meanwhile.
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
-                result = run()
+            with torch.cuda.graph(
+                self._graph, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                self.result = run()
             with torch.no_grad():
                 for tensor, old in zip(kept, before, strict=True):
                     tensor.copy_(old)
-        return cls(graph, result)
 
     def replay(self) -> None:
-        self.graph.replay()
+        self._graph.replay()
 
-
-_threads = threading.local()
-
-
-def _capture_stream() -> torch.cuda.Stream:
-    """One a thread. Graphs of two threads that were captured on one stream would share a matrix
-    product's workspace while they run at once; and streams come from a small ring, so that a new
-    one each time would soon be that on which another thread works."""
-    if not hasattr(_threads, "stream"):
-        _threads.stream = torch.cuda.Stream()
-    stream: torch.cuda.Stream = _threads.stream
-    return stream
+    def __del__(self) -> None:
+        self._graph.reset()
+        _idle_streams.append(self._stream)
