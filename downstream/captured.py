@@ -69,7 +69,7 @@ class TrainingStep:
             self.total.add_(loss.detach())
 
         slots = [t for kept in optimizer.state.values() for t in kept.values()]
-        kept = [*parameters, *average.averaged, *slots, self.total, self.num_bad]
+        kept = [*parameters, *model.buffers(), *average.averaged, *slots, self.total, self.num_bad]
         self.captured = Captured(step, kept)
 
     def run(self, groups: Sequence[Array], known_before_us: int) -> float:

@@ -32,12 +32,15 @@ def test_pieces_of_nothing_change_neither_loss_nor_gradient(
     pieces, known_us = data.of_days(2, 4), 4 * 86_400_000_000
     (piece_3R,) = data.described([pieces], len(pieces) + 5)
     padded = data.gather(piece_3R, data.piece_size + 3, trainer.config, torch.tensor(known_us))
-    found = []
+    found, start = [], {name: t.clone() for name, t in trainer.model.state_dict().items()}
     for batch in (data.batch(pieces, trainer.config, known_before_us=known_us), padded):
+        trainer.model.load_state_dict(start)
         trainer.model.zero_grad()
         loss = trainer.loss(batch)
         loss.backward()
-        found.append([loss, *(p.grad for p in trainer.model.parameters() if p.grad is not None)])
+        grads = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+        found.append([loss, *grads, *trainer.model.buffers()])
+        found[-1] = [t.detach().clone() for t in found[-1]]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
     is_there = padded.sample_RC >= 0
     assert int(is_there.sum()) == data.pieces.size[pieces].sum()
