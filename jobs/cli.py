@@ -98,6 +98,7 @@ def run(argv: list[str]) -> int:
             f"no command called {name!r}{suggest(name, list(COMMANDS))}; `iat --help` lists them"
         )
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    target: Path | None = None
     try:
         module = importlib.import_module(COMMANDS[name][0])
         flags, target = _json_flag(flags)
@@ -113,6 +114,8 @@ def run(argv: list[str]) -> int:
         return _refuse(str(error))
     except CheckFailedError as error:
         sys.stderr.write(f"iat {name}: check failed: {error}\n")
+        if error.result is not None:
+            write_json(target, error.result)
         return CHECK_FAILED
     except RetryableError as error:
         sys.stderr.write(f"iat {name}: {error}\nThis may pass: run the same command again.\n")
