@@ -28,6 +28,11 @@ SPARE_TO = ("item", "cross", "history", "context", "user", "branch")
 WIDE = ("cross", "history", "branch")
 """Groups with a linear way to the logit beside the interaction."""
 MATCH_HIDDEN = 64
+MATCH_DECAY = 0.99
+"""Of the running mean and deviation of match features, a training batch."""
+MIN_DEVIATION = 0.05
+MATCH_BOUND = 10.0
+"""Scaled match features are kept within this many deviations."""
 
 
 class SequenceModel(Protocol):
@@ -152,7 +157,11 @@ class SequenceRanker(nn.Module):
         vectors_RCSE = self.bank(batch.ids_RCS)
         candidate_RCX = self.candidate(vectors_RCSE, batch.ids_RCS, batch.numbers_RCN)
         groups = {"item": candidate_RCX}
-        cross = [self.match(batch.match_RCM)] if self.match is not None else []
+        cross = []
+        if self.match is not None:
+            if self.training:
+                self.match.observe(batch.match_RCM, batch.mask_RC)
+            cross.append(self.match(batch.match_RCM))
         if self.sequence is not None:
             side_RCX = vectors_RCSE.index_select(2, self.side_slot_F).flatten(2)
             groups["history"] = self.sequence.read(state.sequence, side_RCX, candidate_RCX)
@@ -205,10 +214,22 @@ def _item_tokens(batch: RankerBatch) -> tuple[Tensor, Tensor]:
 
 
 class MatchFeatures(nn.Module):
-    """Match features through one small MLP, and beside it as they are."""
+    """Match features at one scale, through one small MLP, and beside it as they are.
+
+    An item's counts are 0 for nine candidates in ten where a department's log counts spread over
+    several units, so that unscaled the best of them are learned last. The scale is the running mean
+    and deviation of what was trained on: nothing of a day that is predicted enters it.
+    """
+
+    mean_M: Tensor
+    square_M: Tensor
+    num_observed: Tensor
 
     def __init__(self, num_match: int) -> None:
         super().__init__()
+        self.register_buffer("mean_M", torch.zeros(num_match))
+        self.register_buffer("square_M", torch.ones(num_match))
+        self.register_buffer("num_observed", torch.zeros(()))
         self.hidden = nn.Sequential(
             nn.Linear(num_match, MATCH_HIDDEN),
             nn.GELU(),
@@ -217,8 +238,22 @@ class MatchFeatures(nn.Module):
         )
         self.width = num_match + MATCH_HIDDEN
 
+    @torch.no_grad()
+    def observe(self, match_RCM: Tensor, mask_RC: Tensor) -> None:
+        """Move the scale towards a training batch's candidates; padding counts for nothing."""
+        count = mask_RC.sum()
+        weight_RC1 = (mask_RC / count.clamp(min=1))[..., None]
+        is_there = count > 0
+        self.num_observed += is_there
+        share = is_there / self.num_observed.clamp(min=1, max=1 / (1 - MATCH_DECAY))
+        self.mean_M.lerp_((match_RCM * weight_RC1).sum(dim=(0, 1)), share)
+        self.square_M.lerp_((match_RCM.square() * weight_RC1).sum(dim=(0, 1)), share)
+
     def forward(self, match_RCM: Tensor) -> Tensor:
-        return torch.cat([match_RCM, self.hidden(match_RCM)], dim=-1)
+        deviation_M = (self.square_M - self.mean_M.square()).clamp(min=MIN_DEVIATION**2).sqrt()
+        scaled_RCM = (match_RCM - self.mean_M) / deviation_M
+        scaled_RCM = scaled_RCM.clamp(-MATCH_BOUND, MATCH_BOUND)
+        return torch.cat([scaled_RCM, self.hidden(scaled_RCM)], dim=-1)
 
 
 class Interaction(nn.Module):

@@ -14,6 +14,7 @@ from downstream.batch import MAIN, HistorySequence, RankerBatch
 from downstream.configs import ARMS, RankerConfig, RankerTraining, arm
 from downstream.data import RankerData
 from downstream.inputs import strictly_before
+from downstream.interaction import MatchFeatures
 from downstream.rankers import RANKERS, make_ranker
 from downstream.streaming import RankerTrainer, cross_entropy
 from downstream.tokens import cosine_features
@@ -251,6 +252,38 @@ def test_cosine_features_count_the_past_tokens_that_are_alike() -> None:
     assert np.expm1(counts) == pytest.approx([2.0, 2.0, 2.0], abs=0.05)
     assert exists == 1
     assert found[0, 1].tolist() == [0.0] * 6
+
+
+def test_match_features_have_the_scale_of_what_was_trained_on() -> None:
+    generator = torch.Generator().manual_seed(0)
+    match = MatchFeatures(3)
+    spread_M, shift_M = torch.tensor([0.2, 1.0, 30.0]), torch.tensor([0.1, -4.0, 70.0])
+    for num_padded in (0, 3, 5):
+        match_RCM = shift_M + spread_M * torch.randn(64, 16, 3, generator=generator)
+        mask_RC = torch.arange(16).expand(64, 16) < 16 - num_padded
+        match.observe(match_RCM.masked_fill(~mask_RC[..., None], 1e3), mask_RC)
+    torch.testing.assert_close(match.mean_M, shift_M, rtol=0.1, atol=0.05)
+    scaled_RCM = match(match_RCM)[..., :3]
+    torch.testing.assert_close(scaled_RCM.mean(dim=(0, 1)), torch.zeros(3), rtol=0, atol=0.2)
+    torch.testing.assert_close(scaled_RCM.std(dim=(0, 1)), torch.ones(3), rtol=0, atol=0.1)
+
+
+def test_a_batch_of_padding_moves_no_scale() -> None:
+    match, match_RCM = MatchFeatures(2), torch.randn(2, 3, 2)
+    match.observe(match_RCM, torch.zeros(2, 3, dtype=torch.bool))
+    torch.testing.assert_close(match(match_RCM)[..., :2], match_RCM)
+    match.observe(match_RCM, torch.ones(2, 3, dtype=torch.bool))
+    torch.testing.assert_close(match.mean_M, match_RCM.mean(dim=(0, 1)))
+
+
+def test_prediction_moves_no_scale(data: RankerData) -> None:
+    trainer = RankerTrainer.create("din", arm("base", SMALL), RankerTraining(), data)
+    days = data.of_days(0, 100)
+    before = trainer.state()["model.match.mean_M"].clone()
+    trainer.predict(data, days)
+    torch.testing.assert_close(trainer.state()["model.match.mean_M"], before, rtol=0, atol=0)
+    trainer.train_on(data, [days], 2**62)
+    assert not torch.equal(trainer.state()["model.match.mean_M"], before)
 
 
 def test_weights_depend_on_the_seed_alone(data: RankerData) -> None:
