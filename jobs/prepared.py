@@ -173,7 +173,12 @@ def index_of(rows: pa.Table, domain: Domain) -> UserIndex:
         labels=labels,
     )
     found = arrays(events, FeatureLayout.of(domain))
-    return replace(index, arrays={**index.arrays, "ids": found.ids, "numbers": found.numbers})
+    return replace(
+        index,
+        # As in a stored index: the item's own column would count its matches a second time.
+        meta=replace(index.meta, match=[f.stream_column for f in domain.match_features]),
+        arrays={**index.arrays, "ids": found.ids, "numbers": found.numbers},
+    )
 
 
 def once(folder: Path, build: Callable[[], Arrays]) -> dict[str, Array]:
