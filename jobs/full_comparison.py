@@ -14,15 +14,11 @@ import logging
 import os
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -38,6 +34,7 @@ from downstream.data import RankerData
 from downstream.samples import Samples
 from jobs import comparison, prepared
 from jobs.comparison import BASE, LINES, Arm, Predictions
+from jobs.gang import Gang, News, Runner, Task, gpus
 from pipelines.domain import Domain
 from pipelines.errors import InputError
 from pipelines.features import times_us
@@ -103,15 +100,6 @@ def crew_of(device: str) -> Crew:
         return Crew(line_processes=0, arm_processes=cpus)
     lines = min(12, max(1, cpus // num_devices - 3))
     return Crew(line_processes=lines, arm_processes=1, arms_at_once=8)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A line or an arm with one seed."""
-
-    kind: str
-    name: str
-    seed: int
 
 
 class Results:
@@ -285,123 +273,22 @@ class Workspace:
             return self._samples
 
 
-def _work(
-    plan: Plan,
-    folders: tuple[Path, Path],
-    gpu: str | None,
-    threads: int,
-    number: int,
-    tasks: Any,
-    done: Any,
-) -> None:
-    """A worker process: threads that take tasks until told to stop."""
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+def _runner(plan: Plan, folder: Path, data: Path) -> Runner:
+    """What a worker process does with tasks."""
     torch.set_num_threads(plan.threads)
     torch.set_float32_matmul_precision("high")
-    workspace = Workspace(plan, *folders)
-
-    def take() -> None:
-        with _own_stream(plan.device):
-            while (task := tasks.get()) is not None:
-                try:
-                    workspace.run(task)
-                    done.put((number, task, None))
-                except BaseException:  # a thread's error is the parent's to report
-                    done.put((number, task, traceback.format_exc()))
-
-    takers = [threading.Thread(target=take, daemon=True) for _ in range(threads)]
-    for taker in takers:
-        taker.start()
-    for taker in takers:
-        taker.join()
+    return Workspace(plan, folder, data).run
 
 
-@contextmanager
-def _own_stream(device: str) -> Iterator[None]:
-    """On a GPU, work of this thread that overlaps that of the others."""
-    if not device.startswith("cuda"):
-        yield
-        return
-    with torch.cuda.stream(torch.cuda.Stream()):
-        yield
-
-
-def gpus(device: str) -> list[str | None]:
-    """The GPUs to share the work, as CUDA_VISIBLE_DEVICES names them; of a CPU one that is none."""
-    if not device.startswith("cuda"):
-        return [None]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = named.split(",") if named else [str(k) for k in range(torch.cuda.device_count())]
-    return [*names]
-
-
-@dataclass
-class Worker:
-    """A process, the kinds of task it takes, and how many more it has room for."""
-
-    process: SpawnProcess
-    tasks: Any
-    kinds: tuple[str, ...]
-    free: int
-
-
-class Gang:
-    """The worker processes of a run, ended with it."""
-
-    def __init__(self, plan: Plan, folder: Path, data: Path, crew: Crew) -> None:
-        self._plan, self._folders = plan, (folder, data)
-        self._context = get_context("spawn")
-        self.done = self._context.Queue()
-        self.workers: list[Worker] = []
-        both = ("arm",) if crew.line_processes else ("line", "arm")
-        for gpu in gpus(plan.device):
-            for _ in range(crew.line_processes):
-                self._start(gpu, ("line",), 1)
-            for _ in range(crew.arm_processes):
-                self._start(gpu, both, crew.arms_at_once)
-
-    def _start(self, gpu: str | None, kinds: tuple[str, ...], threads: int) -> None:
-        tasks = self._context.Queue()
-        number = len(self.workers)
-        given = (self._plan, self._folders, gpu, threads, number, tasks, self.done)
-        process = self._context.Process(target=_work, args=given, daemon=True)
-        process.start()
-        self.workers.append(Worker(process, tasks, kinds, threads))
-
-    def give(self, waiting: list[Task]) -> int:
-        """Hand out what there is room for, in order; returns how many."""
-        given = 0
-        for task in list(waiting):
-            able = [w for w in self.workers if w.free and task.kind in w.kinds]
-            if able:
-                worker = max(able, key=lambda w: w.free)
-                worker.free -= 1
-                worker.tasks.put(task)
-                waiting.remove(task)
-                given += 1
-        return given
-
-    def next_done(self, timeout_s: float) -> tuple[Task, str | None] | None:
-        """The next finished task and its error, if any; None if none came in time."""
-        try:
-            number, task, error = self.done.get(timeout=timeout_s)
-        except Empty:
-            dead = [w for w in self.workers if not w.process.is_alive()]
-            if dead:
-                raise RuntimeError(
-                    f"a worker ended with exit code {dead[0].process.exitcode}; what is finished "
-                    "is kept, start the run again to go on"
-                ) from None
-            return None
-        self.workers[number].free += 1
-        return task, error
-
-    def end(self) -> None:
-        for worker in self.workers:
-            worker.process.terminate()
-        for worker in self.workers:
-            worker.process.join()
+def _gang(plan: Plan, folder: Path, data: Path, crew: Crew) -> Gang:
+    gang = Gang(_runner, (plan, folder, data))
+    both = ("arm",) if crew.line_processes else ("line", "arm")
+    for gpu in gpus(plan.device):
+        for _ in range(crew.line_processes):
+            gang.start(gpu, ("line",), 1)
+        for _ in range(crew.arm_processes):
+            gang.start(gpu, both, crew.arms_at_once)
+    return gang
 
 
 def run(
@@ -468,45 +355,34 @@ def _run_tasks(
         name = line_of[task.name]
         return not name or results.has(Task("line", name, task.seed))
 
-    failures: list[str] = []
-    gang, running = Gang(plan, results.folder, data, crew), 0
-    judge = _Judge(plan, results, data)
+    gang, judge = _gang(plan, results.folder, data, crew), _Judge(plan, results, data)
     bar = tqdm(
         total=len(waiting) + len(blocked),
         desc=f"{plan.domain.name} {plan.protocol}",
         unit="run",
         mininterval=5,
     )
-    news: tuple[Task, str | None] | None = None
+    news: list[News] = []
     try:
         while True:
             opened = [task for task in blocked if is_open(task)]
             blocked = [task for task in blocked if task not in opened]
             waiting += opened
-            running += gang.give(waiting)
+            gang.give(waiting)
             # Judged after work is handed out: it takes as long as a good many steps.
-            if news is not None:
-                _tell(judge, *news)
-            if not running:
+            for item in news:
+                _tell(judge, *item)
+            if not gang.num_running:
                 break
             left_s = float("inf") if limit_s is None else started + limit_s - time.perf_counter()
             if left_s <= 0:
                 log.warning("%d runs are left at the limit of %.0f s", bar.total - bar.n, limit_s)
                 break
-            news = gang.next_done(min(5.0, left_s))
-            if news is not None:
-                running -= 1
-                bar.update()
-                task, error = news
-                failures += [f"{task.name} seed {task.seed}"] if error else []
+            news = gang.news(min(5.0, left_s), waiting)
+            bar.update(len(news))
     finally:
         gang.end()
         bar.close()
-    if failures:
-        raise RuntimeError(
-            f"{len(failures)} runs failed ({', '.join(failures)}; see the log); the others are "
-            "kept, start the run again to go on"
-        )
 
 
 def _tell(judge: _Judge, task: Task, error: str | None) -> None:
@@ -621,6 +497,8 @@ def print_windows(report: dict[str, Any]) -> str:
         f"{report['domain']}, {report['protocol']}, {report['ranker']}, {report['seeds']} seeds, "
         f"{report['samples']} samples, {report['seconds']:.0f} s"
     ]
+    if report["missing"]:
+        out.append(f"  not there: {', '.join(report['missing'])}")
     out += [
         f"  source {x['line']} seed {x['seed']}: AUC {x['source_auc']:.4f}, {x['seconds']:.0f} s"
         for x in sorted(report["lines"], key=lambda x: (x["line"], x["seed"]))
