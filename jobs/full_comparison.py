@@ -504,7 +504,7 @@ def print_windows(report: dict[str, Any]) -> str:
         for x in sorted(report["lines"], key=lambda x: (x["line"], x["seed"]))
     ]
     for name, rows in report["windows"].items():
-        out.append(f"{name}: {rows[0]['num_rows']} rows")
+        out.append(f"{name}: {rows[0]['num_rows'] if rows else 'no'} rows")
         for row in rows:
             diff = (
                 f"{1e3 * row['diff_auc']:+6.2f} [{1e3 * row['diff_low']:+.2f}, "

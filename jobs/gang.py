@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 4
 """Of the workers of one gang together."""
-MAX_TRIES = 2
+MAX_TRIES = 3
 """Of one task."""
 BROKEN_GPU = 3
 """Exit code of a worker whose GPU does nothing any more for this process."""
