@@ -58,12 +58,14 @@ class RankerConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankerTraining:
-    """How weights are updated; what FINDINGS.md section 2 found on the grocery log."""
+    """How weights are updated: what served the base on the grocery log, of all households and of
+    40, where rates from .001 to .005 and batches from 16 to 384 pieces were tried."""
 
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-3
     embedding_factor: float = 2.5
-    """Embeddings learn this much faster."""
-    batch_requests: int = 128
+    """Embeddings learn this much faster; at the rate of the rest the base loses .004 of AUC."""
+    batch_requests: int = 64
+    """Smaller ones are as good or better, and cost more steps."""
     replay: float = 1.0
     """Requests of earlier days trained again, per request of today (streaming)."""
     warm_days: int = 1
