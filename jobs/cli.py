@@ -73,9 +73,28 @@ Days are UTC and half open: --start DAY --end DAY. --domain takes a name ({domai
 Exit codes: 0 done, 1 a check failed, 2 wrong input (one clear message), 3 a fault worth
 retrying."""
 
-JSON_HELP = (
-    "Every command also takes --json FILE: what it printed for people, as JSON with stable keys."
-)
+JSON_KEYS: Mapping[str, str] = {
+    "quickstart": "domain, protocol, created_for, arms, lines, tokens, settings, lake, checks, "
+    "timings (jobs/report.py says what each holds); --full: streaming, frozen, each as compare's",
+    "init": "file, name, num_features, fill_in, left_out",
+    "build": "build-instances, build-streams, build-samples: each command's own",
+    "build-instances": "domain, source, days, events, kept, quarantined, rules, instances, "
+    "sampled, empty_days, version",
+    "build-streams": "domain, days, input_versions, rows (by table)",
+    "build-samples": "domain, days, input_versions, rows, sampled",
+    "train-compressor": "line, version, days, rows, tokens, width, source_auc (streaming) or loss "
+    "(frozen)",
+    "write-tokens": "line, version, days, width, tokens",
+    "fetch": "domain, line, user, user_id, as_of, is_known, token_width, tables, events",
+    "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
+    "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "
+    "rows_per_s, config, training, input_versions, user_share, user_seed",
+    "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, lines, "
+    "windows (rows by window), settings, missing, seconds",
+    "evaluate": "num_rows, num_users, base, arms, window",
+    "verify": "domain, line, days, settings, tables, checks, passed, signature",
+}
+"""What --json FILE holds at its top, by command; --dry-run writes the part that is known."""
 
 DONE, CHECK_FAILED, WRONG_INPUT, RETRY = 0, 1, 2, 3
 
@@ -106,7 +125,7 @@ def run(argv: list[str]) -> int:
         args = tyro.cli(
             module.Args,
             prog=f"iat {name}",
-            description=f"{inspect.getdoc(module.Args)}\n\n{JSON_HELP}",
+            description=f"{inspect.getdoc(module.Args)}\n\n--json FILE keys: {JSON_KEYS[name]}.",
             args=flags,
         )
         write_json(target, module.main(args))

@@ -29,7 +29,7 @@ class Args:
     seen; what could not be guessed is named and must be filled in before the file loads.
     """
 
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """The event log: a Parquet or CSV file, a folder of them, or a Delta table."""
     out: Path | None = None
     """The file to write; empty: NAME.toml in this folder."""
