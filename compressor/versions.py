@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Version:
     user_share: float
     user_seed: int
     is_trained: bool = True
+
+    def is_same_run(self, other: Version) -> bool:
+        """Whether both come from one command over the same input, up to where it has come."""
+        return replace(self, name="", end=other.end) == replace(other, name="")
 
 
 def folder(lake: str, line: str, name: str) -> Path:
@@ -131,10 +135,7 @@ def load(
             f"{domain.name!r}"
         )
     tensors, meta = checkpoint.load(Path(row["artifact"]))
-    held = dict(meta["version"])
-    config, training = SourceConfig(**held.pop("config")), TrainingConfig(**held.pop("training"))
-    start, end = (date.fromisoformat(held.pop(key)) for key in ("start", "end"))
-    version = Version(**held, start=start, end=end, config=config, training=training)
+    version = _manifest(meta["version"])
     old = Vocabulary(
         {
             n.removeprefix("vocabulary."): t.numpy()
@@ -143,12 +144,28 @@ def load(
         }
     )
     vocabulary = _union(old, newer) if newer is not None else old
-    trainer = Trainer.create(config, training, domain, vocabulary, device)
+    trainer = Trainer.create(version.config, version.training, domain, vocabulary, device)
     rows = _moved_rows(old, vocabulary)
     grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
     trainer.restore(grown)
     trainer.num_steps = meta["num_steps"]
     return trainer, vocabulary, version
+
+
+def of_line(lake: str, line: str) -> list[Version]:
+    """The manifests of a line's versions; none where the line is not there yet."""
+    if not delta.exists(lake, tables.compressor_versions()):
+        return []
+    rows = delta.read(lake, tables.compressor_versions(), line=line).to_pylist()
+    return [_manifest(checkpoint.meta(Path(row["artifact"]))["version"]) for row in rows]
+
+
+def _manifest(held: Mapping[str, Any]) -> Version:
+    """A manifest as JSON keeps it."""
+    kept = dict(held)
+    config, training = SourceConfig(**kept.pop("config")), TrainingConfig(**kept.pop("training"))
+    start, end = (date.fromisoformat(kept.pop(key)) for key in ("start", "end"))
+    return Version(**kept, start=start, end=end, config=config, training=training)
 
 
 def _union(old: Vocabulary, newer: Vocabulary) -> Vocabulary:

@@ -3,6 +3,7 @@ day's tokens once."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -93,46 +94,19 @@ def main(args: Args) -> dict[str, Any]:
 
 def train(args: Args, domain: Domain) -> dict[str, Any]:
     device = device_of(args.device)
-    line = args.line or args.order
-    stream = tables.user_order(domain) if args.order == "user" else tables.temporal_order(domain)
-    version = delta.open_table(args.lake, stream).version()
-    found = stream_days(args.lake, stream)
-    days = Days(args.start or found.start, args.end or found.end)
-    parent = versions.find(args.lake, args.parent) if args.parent else None
+    parent = _parent(args)
+    order = parent["order"] if parent else args.order
+    line = args.line or (parent["compressor_line"] if parent else order)
+    stream = tables.user_order(domain) if order == "user" else tables.temporal_order(domain)
+    start = args.start or (parent["end"] if parent else None)
+    days, version = delta.days_of(args.lake, stream, start, args.end)
+    if parent and days.start != parent["end"]:
+        raise InputError(
+            f"{parent['compressor_version']} has learned {parent['start']} to {parent['end']}, so "
+            f"its line goes on with --start {parent['end']}, not {days.start}"
+        )
     # A walk that goes on needs earlier days too: as context and for replay.
     first = parent["start"] if parent else days.start
-    rows = delta.read(args.lake, stream, Days(min(first, days.start), days.end), version=version)
-    if not len(rows):
-        raise InputError(
-            f"{stream.name} has no rows in {days}; it holds {found}. Build the streams of these "
-            f"days first"
-        )
-    log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
-    vocabulary = streams.vocabulary_of(rows, domain)
-    commit = {
-        "job": "train-compressor",
-        "line": line,
-        "input": stream.name,
-        "input_version": str(version),
-        "seed": str(args.seed),
-    }
-    source = SourceConfig(order=args.order)
-    training = TrainingConfig(seed=args.seed, epochs=args.epochs)
-    if args.dry_run:
-        return {
-            "line": line,
-            "days": str(days),
-            "rows": len(rows),
-            "tokens": 0,
-            "width": source.bottleneck,
-        }
-    if parent:
-        trainer, vocabulary, old = versions.load(
-            args.lake, args.parent, domain, device, newer=vocabulary
-        )
-        source, training, line = old.config, old.training, args.line or old.line
-    else:
-        trainer = Trainer.create(source, training, domain, vocabulary, device)
     manifest = Version(
         line=line,
         name="",
@@ -141,29 +115,86 @@ def train(args: Args, domain: Domain) -> dict[str, Any]:
         protocol=args.protocol,
         start=first,
         end=days.end,
-        config=source,
-        training=training,
+        config=SourceConfig(order=order),
+        training=TrainingConfig(seed=args.seed, epochs=args.epochs),
         input_versions={stream.name: version},
         user_share=args.user_share,
         user_seed=args.user_seed,
         is_trained=not args.untrained,
     )
+    rows = delta.read(args.lake, stream, Days(first, days.end), version=version)
+    log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
+    summary = {"line": line, "days": str(days), "rows": len(rows), "tokens": 0}
+    if args.dry_run:
+        return {**summary, "width": manifest.config.bottleneck}
+    vocabulary = streams.vocabulary_of(rows, domain)
+    trainer, vocabulary, manifest, done = _begin(args, domain, manifest, days, vocabulary, device)
+    summary["width"] = manifest.config.bottleneck
     data = streams.load(rows, domain, vocabulary, device)
     if args.protocol == "frozen":
         figures = _frozen(trainer, data, days, args)
         name = f"{line}@{days.end}"
         versions.save(args.lake, replace(manifest, name=name), trainer, vocabulary, figures)
-        return {
-            "line": line,
-            "version": name,
-            "days": str(days),
-            "rows": len(data),
-            "tokens": 0,
-            "width": source.bottleneck,
-            **figures,
-        }
-    writer = TokenWriter(args.lake, domain, line, data, source.bottleneck, commit)
-    return _streaming(trainer, data, days, args, writer, manifest, vocabulary)
+        return {**summary, "version": name, **figures}
+    if done == days.end:
+        log.info("%s is written up to %s: nothing is left to do", line, days.end)
+        name = _day_version(line, done)
+        return {**summary, "version": name, **json.loads(versions.find(args.lake, name)["metrics"])}
+    commit = {
+        "job": "train-compressor",
+        "line": line,
+        "input": stream.name,
+        "input_version": str(version),
+        "seed": str(args.seed),
+    }
+    writer = TokenWriter(args.lake, domain, line, data, manifest.config.bottleneck, commit)
+    left = Days(done, days.end)
+    return summary | _streaming(trainer, data, left, args, writer, manifest, vocabulary)
+
+
+def _parent(args: Args) -> dict[str, Any] | None:
+    """The row of the version to go on from."""
+    if not args.parent:
+        return None
+    row = versions.find(args.lake, args.parent)
+    if args.protocol == "frozen" or row["protocol"] == "frozen":
+        raise InputError(
+            f"--parent {args.parent}: a frozen line is a line of one version; only a streaming "
+            "line goes on"
+        )
+    return row
+
+
+def _begin(
+    args: Args, domain: Domain, manifest: Version, days: Days, vocabulary: Vocabulary, device: str
+) -> tuple[Trainer, Vocabulary, Version, date]:
+    """Where the run starts: the first day it has not written, and the weights as of then."""
+    held = _interrupted(args.lake, manifest, days) if args.protocol == "streaming" else None
+    name = held.name if held else args.parent
+    if not name:
+        trainer = Trainer.create(manifest.config, manifest.training, domain, vocabulary, device)
+        return trainer, vocabulary, manifest, days.start
+    trainer, vocabulary, old = versions.load(args.lake, name, domain, device, newer=vocabulary)
+    manifest = replace(manifest, config=old.config, training=old.training)
+    if held is None:
+        return trainer, vocabulary, manifest, days.start
+    log.info("going on at %s, where an earlier run of the same command stopped", held.end)
+    return trainer, vocabulary, manifest, held.end
+
+
+def _interrupted(lake: str, manifest: Version, days: Days) -> Version | None:
+    """The newest version that a run of the very same command left before it was done."""
+    found = [
+        version
+        for version in versions.of_line(lake, manifest.line)
+        if days.start < version.end <= days.end and version.is_same_run(manifest)
+    ]
+    return max(found, key=lambda version: version.end, default=None)
+
+
+def _day_version(line: str, end: date) -> str:
+    """The name of a streaming version: its last day's."""
+    return f"{line}@{as_date(as_number(end) - 1)}"
 
 
 def _frozen(trainer: Trainer, data: StreamData, days: Days, args: Args) -> dict[str, Any]:
@@ -190,6 +221,7 @@ def _streaming(
     results: list[DayResult] = []
     kept = users_kept(data.user_id, args.user_share, args.user_seed)
     bar = progress.bar(len(days), desc=f"compressor {manifest.line}", unit="day")
+    first_day = as_number(manifest.start)
     for chunk in days.chunks(FLUSH_DAYS):
         for result in days_of_walk(
             trainer,
@@ -197,28 +229,18 @@ def _streaming(
             chunk,
             kept=kept,
             untrained=args.untrained,
-            first_day=day_range(days).start,
+            first_day=first_day,
         ):
             writer.add(result)
             results.append(result)
             bar.update()
         writer.flush(chunk)
-        done = replace(
-            manifest, name=f"{manifest.line}@{as_date(day_range(chunk).stop - 1)}", end=chunk.end
-        )
+        done = replace(manifest, name=_day_version(manifest.line, chunk.end), end=chunk.end)
         versions.save(args.lake, done, trainer, vocabulary, {})
     bar.close()
     figures = source_metrics(data, results)
     versions.save(args.lake, done, trainer, vocabulary, figures)
-    return {
-        "line": manifest.line,
-        "version": done.name,
-        "days": str(days),
-        "rows": len(data),
-        "tokens": writer.num_tokens,
-        "width": manifest.config.bottleneck,
-        **figures,
-    }
+    return {"version": done.name, "tokens": writer.num_tokens, **figures}
 
 
 def days_of_walk(

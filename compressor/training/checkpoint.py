@@ -47,13 +47,21 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and meta of a checkpoint."""
     try:
-        return load_file(folder / "tensors.safetensors"), json.loads(
-            (folder / "meta.json").read_text()
-        )
+        return load_file(folder / "tensors.safetensors"), meta(folder)
     except FileNotFoundError as error:
-        raise InputError(
-            f"no checkpoint at {folder}: train one first, or check --version"
-        ) from error
+        raise _missing(folder) from error
+
+
+def meta(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without its tensors."""
+    try:
+        return dict(json.loads((folder / "meta.json").read_text()))
+    except FileNotFoundError as error:
+        raise _missing(folder) from error
+
+
+def _missing(folder: Path) -> InputError:
+    return InputError(f"no checkpoint at {folder}: train one first, or check --version")
 
 
 def state(
