@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyspark
@@ -97,6 +97,8 @@ def session(
     except PySparkException as error:
         raise InputError(f"Spark does not start on {master}: {error}") from error
     atexit.register(_stop, spark)
+    if master.startswith("local"):
+        _write_no_side_files(spark)
     return spark
 
 
@@ -278,6 +280,16 @@ def _scratch() -> str:
     folder = tempfile.mkdtemp(prefix="iat-spark-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
+
+
+def _write_no_side_files(spark: SparkSession) -> None:
+    """No .crc file beside each local file: Parquet's pages carry checksums of their own, and Hadoop
+    starts a process (chmod) for every file that it makes."""
+    jvm: Any = spark.sparkContext._jvm
+    settings = spark.sparkContext._jsc.hadoopConfiguration()
+    # One object serves the whole process, as driver and as executor.
+    files = jvm.org.apache.hadoop.fs.FileSystem.get(jvm.java.net.URI("file:///"), settings)
+    files.setWriteChecksum(False)
 
 
 def _stop(spark: SparkSession) -> None:

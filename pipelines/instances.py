@@ -44,7 +44,8 @@ def checked(events: DataFrame, domain: Domain, days: Days) -> DataFrame:
     limits.latest), bad_label:NAME (not 0 or 1, or no number), bad_label_time:NAME,
     label_before_event:NAME, bad_number:NAME, not_finite:NAME, duplicate (same user, item, request
     and time: one is kept, whatever the order of the log).
-    Events whose time is no time or in the future belong to no day: they stand under `days.start`.
+    A bad row, and an event whose time is no time or in the future, belong to no day: they stand
+    under `days.start`.
     Errors: InputError if a column is missing or of a type that cannot serve.
     """
     check_columns(domain, events.columns)
@@ -131,7 +132,10 @@ class _Raw:
         moment = F.unix_micros("event_time").cast("string")
         request = self._text(columns.request, "columns.request") if columns.request else F.lit(None)
         self.request_key = F.coalesce(request, moment)
-        self.event_time = self._time(columns.time, "columns.time")
+        self.is_whole = (
+            self._of(BROKEN_ROW)[0].isNull() if BROKEN_ROW in self.types else F.lit(True)
+        )
+        self.event_time = F.when(self.is_whole, self._time(columns.time, "columns.time"))
 
     def _of(self, name: str) -> tuple[Column, DataType]:
         return F.col("raw").getField(name), self.types[name]
@@ -157,9 +161,8 @@ class _Raw:
     def broken_rule(self) -> Column:
         """The first rule that the row breaks, null if none."""
         latest = self.domain.limits.latest
-        is_whole = self._of(BROKEN_ROW)[0].isNull() if BROKEN_ROW in self.types else F.lit(True)
         rules = {
-            "bad_row": ~is_whole,
+            "bad_row": ~self.is_whole,
             "null_user": self.user_key.isNull(),
             "null_item": self.item_key.isNull(),
             "bad_time": F.col("event_time").isNull(),

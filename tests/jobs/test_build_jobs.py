@@ -249,6 +249,24 @@ def test_spark_and_delta_rs_read_the_same(built: Built, shop: Shop, spark: Spark
         assert in_order.to_pylist() == native.sort_by(order).to_pylist()
 
 
+def test_a_day_is_one_file_with_nothing_beside_it(built: Built, shop: Shop) -> None:
+    for make in ALL:
+        folder = Path(built.lake, make(shop.domain).name)
+        found = sorted(path.parent.name for path in folder.glob("event_date=*/*"))
+        assert found == [f"event_date={day}" for day in LOG if day != EMPTY_DAY]
+        assert not list(folder.glob("event_date=*/.*"))
+
+
+def test_a_flipped_bit_in_a_table_is_noticed(built: Built, shop: Shop, tmp_path: Path) -> None:
+    file = Path(next(iter(delta.open_table(built.lake, tables.instances(shop.domain)).file_uris())))
+    flipped = bytearray(file.read_bytes())
+    flipped[pq.read_metadata(file).row_group(0).column(0).data_page_offset + 60] ^= 1
+    (tmp_path / "flipped.parquet").write_bytes(flipped)
+    pq.read_table(file, page_checksum_verification=True)
+    with pytest.raises(OSError, match="CRC checksum"):
+        pq.read_table(tmp_path / "flipped.parquet", page_checksum_verification=True)
+
+
 def test_a_commit_says_which_run_wrote_it_from_what(built: Built, shop: Shop) -> None:
     domain = shop.domain
     reports = delta.read(built.lake, tables.job_reports()).to_pylist()
@@ -486,14 +504,16 @@ def test_a_csv_file_is_read_as_it_was_meant_or_not_at_all(
     shop.log.write_text(good.splitlines()[0] + "\n")
     assert "is empty: it has no event" in refused(iat("build-instances", shop, lake), lake)
     at = us(FIRST)
-    shop.log.write_text(f"\ufeff{good}ann,1,{at},1,2.5,shoes, red\nann,1,{at}\n\n")
+    # A broken line's time is no time: it would make the log a month longer.
+    later = us(FIRST + timedelta(days=31))
+    shop.log.write_text(f"\ufeff{good}ann,1,{later},1,2.5,shoes, red\nann,1,{at}\n\n")
     assert (
         "2 events quarantined; 1 days are empty\n  2 bad_row\n"
         in done("build-instances", shop, lake).out
     )
     raw = delta.read(str(lake), tables.quarantine(shop.domain))["raw"].to_pylist()
     assert {json.loads(each)["_broken_row"] for each in raw} == {
-        f"ann,1,{at},1,2.5,shoes, red",
+        f"ann,1,{later},1,2.5,shoes, red",
         f"ann,1,{at}",
     }
 
