@@ -64,8 +64,9 @@ class RankerTraining:
     learning_rate: float = 1e-3
     embedding_factor: float = 2.5
     """Embeddings learn this much faster; at the rate of the rest the base loses .004 of AUC."""
-    batch_requests: int = 64
-    """Smaller ones are as good or better, and cost more steps."""
+    batch_candidates: int = 1500
+    """Candidates a step, about: whole requests (or pieces of long ones) that hold so many. Smaller
+    batches are as good or better, and cost more steps."""
     replay: float = 1.0
     """Requests of earlier days trained again, per request of today (streaming)."""
     warm_days: int = 1
@@ -82,9 +83,9 @@ class RankerTraining:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.embedding_factor <= 0 or self.max_norm <= 0:
             raise ValueError(f"rates and max_norm must be positive: {self}")
-        if self.batch_requests < 1 or self.replay < 0 or self.warm_days < 0 or self.epochs < 1:
+        if self.batch_candidates < 1 or self.replay < 0 or self.warm_days < 0 or self.epochs < 1:
             raise ValueError(
-                "batch_requests and epochs must be positive, replay and warm_days not negative: "
+                "batch_candidates and epochs must be positive, replay and warm_days not negative: "
                 f"{self}"
             )
         if not 0 <= self.average < 1:

@@ -142,7 +142,7 @@ class RankerTrainer:
                 self.loss,
                 self.optimizer,
                 self.average,
-                num_pieces=self.training.batch_requests,
+                num_pieces=pieces_a_batch(data, self.training),
                 max_norm=self.training.max_norm,
             )
         return held
@@ -213,7 +213,7 @@ def walk(
         earlier = data.of_days(first_day, day)
         num_replayed = round(len(today) * training.replay) if len(earlier) else 0
         replayed = earlier[random.integers(0, max(1, len(earlier)), num_replayed)]
-        size = training.batch_requests
+        size = pieces_a_batch(data, training)
         groups = [*_groups(random.permutation(today), size), *_groups(replayed, size)]
         loss, num_steps = trainer.train_on(data, groups, (day + 1) * DAY_US)
         yield DayResult(day, sample, score, loss, num_steps)
@@ -235,7 +235,7 @@ def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[Epoch
         _set_rates(trainer, [rate * (1 - 0.9 * epoch / training.epochs) for rate in rates])
         order = np.random.default_rng([training.seed, epoch]).permutation(pieces)
         # What a pass over days before the border may know is what was known at the border.
-        groups = _groups(order, training.batch_requests)
+        groups = _groups(order, pieces_a_batch(data, training))
         loss, _ = trainer.train_on(data, groups, border * DAY_US)
         held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
         # Without a label to judge by, the last pass is the best.
@@ -272,6 +272,11 @@ def _log_loss(
         return float("nan")
     p = np.clip(np.where(label[kept] == 1, score[kept], 1 - score[kept]), 1e-7, 1)
     return float(-np.log(p).mean())
+
+
+def pieces_a_batch(data: RankerData, training: RankerTraining) -> int:
+    """Pieces of requests that hold about `batch_candidates` in this data."""
+    return max(1, round(training.batch_candidates / max(1.0, float(data.pieces.size.mean()))))
 
 
 def _groups(pieces: Array, size: int) -> list[Array]:

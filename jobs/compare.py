@@ -6,18 +6,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 
-from downstream.configs import RankerConfig
 from jobs import full_comparison, ledger, report
 from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, Arm
 from jobs.full_comparison import Plan, print_windows
 from jobs.train_compressor import device_of
-from jobs.train_ranker import GPU_HISTORY
 from pipelines import delta, tables
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -94,10 +92,8 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def plan_of(args: Args, domain: Domain) -> Plan:
-    """All arms; sizes by device, as `iat train-ranker` chooses them."""
-    device = device_of(args.device)
+    """All arms at the sizes of `iat train-ranker`."""
     arms: tuple[Arm, ...] = FULL_ARMS + (ALL_USERS_ARMS if args.user_share < 1 else ())
-    config = RankerConfig()
     return Plan(
         domain=domain,
         arms=arms,
@@ -106,8 +102,7 @@ def plan_of(args: Args, domain: Domain) -> Plan:
         ranker=args.ranker,
         user_share=args.user_share,
         user_seed=args.user_seed,
-        device=device,
-        config=replace(config, history_length=GPU_HISTORY) if device == "cuda" else config,
+        device=device_of(args.device),
     )
 
 

@@ -57,7 +57,7 @@ class Plan:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     protocol: str = "streaming"
-    ranker: str = "transformer"
+    ranker: str = "din"
     user_share: float = 1.0
     user_seed: int = 0
     device: str = "cpu"

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,6 @@ log = logging.getLogger(__name__)
 FIRST_DAY = date(1, 1, 1)
 SAVE_DAYS = 30
 """A streaming run that was killed goes on from at most this many days before."""
-GPU_HISTORY = 128
 TEST_SHARE = 0.15
 
 
@@ -61,7 +60,7 @@ class Args:
     """Root folder of the Delta tables."""
     out: str
     """Folder for predictions, metrics and weights."""
-    ranker: str = "transformer"
+    ranker: str = "din"
     """din or transformer."""
     arm: str = "base"
     """none, base, end-to-end, tokens, match (tokens and item tokens) or tokens-only."""
@@ -119,7 +118,7 @@ def main(args: Args) -> dict[str, Any]:
         return {"domain": domain.name, "arm": args.arm, "days": str(days), "out": args.out}
     with ledger.job(args.lake, "train-ranker", args) as row, tempfile.TemporaryDirectory() as temp:
         data = load_data(args, domain, days, Path(args.index or Path(temp) / "index"))
-        config, training = run_config(args, data.device)
+        config, training = arm(args.arm), RankerTraining(seed=args.seed)
         result = run(
             data,
             args.ranker,
@@ -156,13 +155,6 @@ def test_start(args: Args, days: Days) -> date | None:
     if not days.start < found < days.end:
         raise InputError(f"--test-start must lie inside {days}, got {found}")
     return found
-
-
-def run_config(args: Args, device: torch.device) -> tuple[RankerConfig, RankerTraining]:
-    """The complete configuration of a run: --arm says its parts, the device its history."""
-    length = GPU_HISTORY if device.type == "cuda" else RankerConfig().history_length
-    config = replace(RankerConfig(), history_length=length)
-    return arm(args.arm, config), RankerTraining(seed=args.seed)
 
 
 def load_data(args: Args, domain: Domain, days: Days, folder: Path) -> RankerData:

@@ -18,7 +18,7 @@ from downstream.user_index import IN_MEMORY, IndexStore
 SMALL = RankerConfig(
     embedding=4, width=16, num_tokens=8, depth=1, heads=2, history_length=6, query_width=8
 )
-TRAINING = RankerTraining(batch_requests=4, learning_rate=0.01, epochs=2, patience=2)
+TRAINING = RankerTraining(batch_candidates=14, learning_rate=0.01, epochs=2, patience=2)
 DAYS = range(6)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
