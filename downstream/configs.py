@@ -73,6 +73,8 @@ class RankerTraining:
     """First days that are trained on without being predicted (streaming)."""
     epochs: int = 4
     """Passes over the training days, at most (frozen)."""
+    pass_steps: int = 1000
+    """Steps to a pass, at least (frozen): a small log is cut into smaller batches."""
     patience: int = 1
     """Passes without a better validation log loss before a frozen run stops."""
     average: float = 0.98
@@ -83,10 +85,13 @@ class RankerTraining:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.embedding_factor <= 0 or self.max_norm <= 0:
             raise ValueError(f"rates and max_norm must be positive: {self}")
-        if self.batch_candidates < 1 or self.replay < 0 or self.warm_days < 0 or self.epochs < 1:
+        if (
+            min(self.batch_candidates, self.epochs, self.pass_steps) < 1
+            or min(self.replay, self.warm_days) < 0
+        ):
             raise ValueError(
-                "batch_candidates and epochs must be positive, replay and warm_days not negative: "
-                f"{self}"
+                "batch_candidates, epochs and pass_steps must be positive, replay and warm_days "
+                f"not negative: {self}"
             )
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be in [0, 1), got {self.average}")

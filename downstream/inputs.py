@@ -104,6 +104,25 @@ class StepVectors(nn.Module):
         return self.side_in(side_RLX) + gap_RLD + label_RLD + recency_LD
 
 
+class StepBias(nn.Module):
+    """What target attention adds to a step's score: which side fields it shares with the candidate,
+    and how long ago it was. What is exact need not be learned from embeddings. Zero at first."""
+
+    def __init__(self, inputs: RankerInputs, num_heads: int) -> None:
+        super().__init__()
+        self.match_FH = nn.Parameter(torch.zeros(len(inputs.side.features), num_heads))
+        self.gap_XH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, num_heads))
+
+    def of_request(self, sequence: HistorySequence) -> Tensor:
+        """gap_RLH: the part that no candidate changes."""
+        return self.gap_XH[gap_buckets(sequence.gap_s_RL)]
+
+    def forward(self, gap_RLH: Tensor, match_RCLF: Tensor) -> Tensor:
+        """bias_RHCL; match_RCLF: the step's field has the candidate's value."""
+        match_RCLH = match_RCLF.to(gap_RLH.dtype) @ self.match_FH
+        return (match_RCLH + gap_RLH[:, None]).permute(0, 3, 1, 2)
+
+
 def strictly_before(sequence: HistorySequence) -> Tensor:
     """visible_R1LL: step i sees step j if j happened strictly earlier, and itself (DESIGN 5.4)."""
     gap_s_RL, mask_RL = sequence.gap_s_RL, sequence.mask_RL

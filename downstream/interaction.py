@@ -43,8 +43,11 @@ class SequenceModel(Protocol):
 
     def encode(self, side_RLX: Tensor, sequence: HistorySequence) -> Any: ...
 
-    def read(self, state: Any, side_RCX: Tensor, candidate_RCX: Tensor) -> Tensor:
-        """read_RCX of that width."""
+    def read(
+        self, state: Any, side_RCX: Tensor, candidate_RCX: Tensor, match_RCLF: Tensor
+    ) -> Tensor:
+        """read_RCX of that width; match_RCLF: where a step's side field has the candidate's
+        value."""
         ...
 
 
@@ -164,7 +167,9 @@ class SequenceRanker(nn.Module):
             cross.append(self.match(batch.match_RCM))
         if self.sequence is not None:
             side_RCX = vectors_RCSE.index_select(2, self.side_slot_F).flatten(2)
-            groups["history"] = self.sequence.read(state.sequence, side_RCX, candidate_RCX)
+            groups["history"] = self.sequence.read(
+                state.sequence, side_RCX, candidate_RCX, self._matches(batch)
+            )
         item_slot_RCD = item_token_RCD = None
         if self.branch is not None and state.branch is not None:
             if self.item_token is not None:
@@ -174,7 +179,11 @@ class SequenceRanker(nn.Module):
                 )
                 cross.append(cross_RCX)
             groups["branch"] = self.branch.read(
-                state.branch, candidate_RCX, groups.get("history"), item_token_RCD
+                state.branch,
+                candidate_RCX,
+                groups.get("history"),
+                item_token_RCD,
+                self._matches(batch),
             )
         if cross:
             groups["cross"] = torch.cat(cross, dim=-1)
@@ -192,6 +201,11 @@ class SequenceRanker(nn.Module):
     def forward(self, batch: RankerBatch) -> Tensor:
         """logit_RC."""
         return self.score(self.encode_request(batch), batch)
+
+    def _matches(self, batch: RankerBatch) -> Tensor:
+        """match_RCLF: where a step's side field has the candidate's value."""
+        own_RC1F = batch.ids_RCS.index_select(2, self.side_slot_F)[:, :, None]
+        return (own_RC1F == batch.histories[MAIN].ids_RLF[:, None]) & (own_RC1F != 0)
 
     def _source(self, sequence: HistorySequence) -> tuple[Tensor, Tensor]:
         """What the branch reads of each step, and where it is there to be read."""

@@ -107,15 +107,15 @@ class RankerTrainer:
         restore(tensors, self.model, self.optimizer, self.average)
 
     def train_on(
-        self, data: RankerData, groups: Sequence[Array], known_before_us: int
+        self, data: RankerData, groups: Sequence[Array], known_before_us: int, size: int
     ) -> tuple[float, int]:
-        """One step a group of pieces; returns (mean loss, steps)."""
+        """One step a group of at most `size` pieces; returns (mean loss, steps)."""
         self.num_steps += len(groups)
         self.num_rows += int(sum(data.pieces.size[group].sum() for group in groups))
         if not groups:
             return float("nan"), 0
         if self.is_captured:
-            return self._training_on(data).run(groups, known_before_us), len(groups)
+            return self._training_on(data, size).run(groups, known_before_us), len(groups)
 
         def batches() -> Iterator[RankerBatch]:
             for group in groups:
@@ -130,10 +130,10 @@ class RankerTrainer:
             total += loss
         return float(total) / len(groups), len(groups)
 
-    def _training_on(self, data: RankerData) -> TrainingStep:
-        """The captured step over this data: captured once, as long as the data stays."""
+    def _training_on(self, data: RankerData, size: int) -> TrainingStep:
+        """The captured step over this data: captured once, as long as data and size stay."""
         held = self._training_step
-        if held is None or held.data is not data:
+        if held is None or held.data is not data or held.piece_3R.shape[1] != size:
             held = self._training_step = None
             held = self._training_step = TrainingStep(
                 data,
@@ -142,7 +142,7 @@ class RankerTrainer:
                 self.loss,
                 self.optimizer,
                 self.average,
-                num_pieces=pieces_a_batch(data, self.training),
+                num_pieces=size,
                 max_norm=self.training.max_norm,
             )
         return held
@@ -215,7 +215,7 @@ def walk(
         replayed = earlier[random.integers(0, max(1, len(earlier)), num_replayed)]
         size = pieces_a_batch(data, training)
         groups = [*_groups(random.permutation(today), size), *_groups(replayed, size)]
-        loss, num_steps = trainer.train_on(data, groups, (day + 1) * DAY_US)
+        loss, num_steps = trainer.train_on(data, groups, (day + 1) * DAY_US, size)
         yield DayResult(day, sample, score, loss, num_steps)
 
 
@@ -229,14 +229,15 @@ def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[Epoch
     num_held = max(1, round(len(days) * VALIDATION_SHARE)) if len(days) > 1 else 0
     border = days.stop - num_held
     pieces, held_out = data.of_days(days.start, border), data.of_days(border, days.stop)
+    size = min(pieces_a_batch(data, training), max(1, len(pieces) // training.pass_steps))
     rates = [float(group["lr"]) for group in trainer.optimizer.param_groups]
     best, best_loss, num_worse = trainer.state(), float("inf"), 0
     for epoch in range(training.epochs):
         _set_rates(trainer, [rate * (1 - 0.9 * epoch / training.epochs) for rate in rates])
         order = np.random.default_rng([training.seed, epoch]).permutation(pieces)
         # What a pass over days before the border may know is what was known at the border.
-        groups = _groups(order, pieces_a_batch(data, training))
-        loss, _ = trainer.train_on(data, groups, border * DAY_US)
+        groups = _groups(order, size)
+        loss, _ = trainer.train_on(data, groups, border * DAY_US, size)
         held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
         # Without a label to judge by, the last pass is the best.
         is_best = np.isnan(held_loss) or held_loss < best_loss

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from compressor.nn.attention import MultiHeadAttention, TransformerBlock
 from downstream.batch import HistorySequence
 from downstream.configs import RankerConfig
-from downstream.inputs import RankerInputs, StepVectors, strictly_before
+from downstream.inputs import RankerInputs, StepBias, StepVectors, strictly_before
 
 SOFT_COUNTS = (0.4, 0.6, 0.8)
 """Cosines above which a past token counts as alike."""
@@ -37,6 +37,7 @@ class BranchState(NamedTuple):
     token_RLD: Tensor
     """What the steps hold, as stored."""
     token_mask_RL: Tensor
+    gap_RLH: Tensor
 
 
 class TokenBranch(nn.Module):
@@ -62,8 +63,11 @@ class TokenBranch(nn.Module):
         self.domain = nn.Embedding(inputs.num_domains, width)
         nn.init.zeros_(self.domain.weight)
         self.join = nn.Linear(2 * width, width)
+        # A step is first read for what its own token holds; what it gains from earlier steps is
+        # learned on top.
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, config.heads, expansion=2) for _ in range(config.branch_layers)
+            TransformerBlock(width, config.heads, expansion=2).starting_as_identity()
+            for _ in range(config.branch_layers)
         )
         self.norm = nn.LayerNorm(width)
         self.request_in = nn.Linear(request_width, config.query_width)
@@ -77,6 +81,7 @@ class TokenBranch(nn.Module):
             else None
         )
         self.query_out = nn.Linear(config.query_width, width)
+        self.bias = StepBias(inputs, config.heads)
         self.attention = MultiHeadAttention(width, config.heads)
 
     def encode(
@@ -105,6 +110,7 @@ class TokenBranch(nn.Module):
             self.request_in(request_RX),
             source_RLX,
             is_there_RL & mask_RL,
+            self.bias.of_request(sequence),
         )
 
     def read(
@@ -113,6 +119,7 @@ class TokenBranch(nn.Module):
         candidate_RCX: Tensor,
         summary_RCX: Tensor | None,
         item_token_RCD: Tensor | None,
+        match_RCLF: Tensor,
     ) -> Tensor:
         """H_iat_RCD."""
         query_RCX = self.candidate_in(candidate_RCX) + state.request_RX[:, None]
@@ -123,7 +130,8 @@ class TokenBranch(nn.Module):
         is_empty_R = ~state.mask_RL.any(dim=1)
         mask_R11L = (state.mask_RL | is_empty_R[:, None])[:, None, None]
         query_RCD = self.query_out(F.gelu(query_RCX))
-        read_RCD = self.attention.attend(query_RCD, state.keys_values, mask_R11L)
+        bias_RHCL = self.bias(state.gap_RLH, match_RCLF).masked_fill(~mask_R11L, float("-inf"))
+        read_RCD = self.attention.attend(query_RCD, state.keys_values, bias_RHCL)
         read_RCD = read_RCD + state.mean_RD[:, None]
         return torch.where(is_empty_R[:, None, None], self.empty, read_RCD)
 

@@ -57,12 +57,18 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
         self.attention = MultiHeadAttention(width, num_heads)
+        down = nn.Linear(expansion * width, width)
         self.feed_forward = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, expansion * width),
-            nn.GELU(),
-            nn.Linear(expansion * width, width),
+            nn.LayerNorm(width), nn.Linear(width, expansion * width), nn.GELU(), down
         )
+        self._written_by = (self.attention.out, down)
+
+    def starting_as_identity(self) -> TransformerBlock:
+        """This block, with what it adds to its input at zero."""
+        for linear in self._written_by:
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        return self
 
     def forward(self, x_BLD: Tensor, mask: Tensor | None) -> Tensor:
         normed_BLD = self.attention_norm(x_BLD)

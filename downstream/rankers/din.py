@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compressor.nn.embedding import Vocabulary
 from downstream.batch import HistorySequence
 from downstream.configs import RankerConfig
-from downstream.inputs import RankerInputs, StepVectors
+from downstream.inputs import RankerInputs, StepBias, StepVectors
 from downstream.interaction import SequenceRanker
 
 HIDDEN = 16
@@ -28,6 +28,7 @@ class DinState(NamedTuple):
     hidden_RLH: Tensor
     """The keys' share of the activation unit's hidden layer."""
     mask_RL: Tensor
+    gap_RLH: Tensor
 
 
 class DinAttention(nn.Module):
@@ -45,14 +46,18 @@ class DinAttention(nn.Module):
         self.query_hidden = nn.Linear(width, HIDDEN, bias=False)
         self.product_DH = nn.Parameter(torch.randn(width, HIDDEN) / width**0.5)
         self.out = nn.Linear(HIDDEN, 1)
+        self.bias = StepBias(inputs, 1)
         self.null = nn.Parameter(torch.zeros(width))
         self.width = 3 * width
 
     def encode(self, side_RLX: Tensor, sequence: HistorySequence) -> DinState:
         key_RLD = self.steps(side_RLX, sequence)
-        return DinState(key_RLD, self.key_hidden(key_RLD), sequence.mask_RL)
+        gap_RLH = self.bias.of_request(sequence)
+        return DinState(key_RLD, self.key_hidden(key_RLD), sequence.mask_RL, gap_RLH)
 
-    def read(self, state: DinState, side_RCX: Tensor, candidate_RCX: Tensor) -> Tensor:
+    def read(
+        self, state: DinState, side_RCX: Tensor, candidate_RCX: Tensor, match_RCLF: Tensor
+    ) -> Tensor:
         query_RCD = self.steps.side_in(side_RCX) + self.candidate_in(candidate_RCX)
         # (k * q) W for every pair is one product of the keys with W scaled by each query.
         num_requests, num_candidates = query_RCD.shape[:2]
@@ -60,7 +65,8 @@ class DinAttention(nn.Module):
         product_RLCH = torch.bmm(state.key_RLD, scaled_RDX).unflatten(2, (num_candidates, HIDDEN))
         hidden_RLCH = product_RLCH + state.hidden_RLH[:, :, None]
         hidden_RLCH = torch.relu(hidden_RLCH + self.query_hidden(query_RCD)[:, None])
-        logit_RLC = self.out(hidden_RLCH).squeeze(-1)
+        bias_RLC = self.bias(state.gap_RLH, match_RCLF).squeeze(1).transpose(1, 2)
+        logit_RLC = self.out(hidden_RLCH).squeeze(-1) + bias_RLC
         logit_RLC = logit_RLC.masked_fill(~state.mask_RL[..., None], float("-inf"))
         # The null step has logit 0: a history without anything alike is left unread.
         null_R1C = logit_RLC.new_zeros(num_requests, 1, num_candidates)

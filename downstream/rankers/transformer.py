@@ -19,13 +19,14 @@ from compressor.nn.attention import MultiHeadAttention, TransformerBlock
 from compressor.nn.embedding import Vocabulary
 from downstream.batch import HistorySequence
 from downstream.configs import RankerConfig
-from downstream.inputs import RankerInputs, StepVectors, strictly_before
+from downstream.inputs import RankerInputs, StepBias, StepVectors, strictly_before
 from downstream.interaction import SequenceRanker
 
 
 class TransformerState(NamedTuple):
     keys_values: tuple[Tensor, Tensor]
     mask_RL: Tensor
+    gap_RLH: Tensor
 
 
 class TransformerAttention(nn.Module):
@@ -45,6 +46,7 @@ class TransformerAttention(nn.Module):
         self.candidate_in = nn.Linear(candidate_width, width, bias=False)
         self.query_norm = nn.LayerNorm(width)
         self.attention = MultiHeadAttention(width, config.heads)
+        self.bias = StepBias(inputs, config.heads)
         self.empty = nn.Parameter(torch.zeros(width))
         self.width = 3 * width
 
@@ -53,13 +55,20 @@ class TransformerAttention(nn.Module):
         visible_R1LL = strictly_before(sequence)
         for block in self.blocks:
             x_RLD = block(x_RLD, visible_R1LL)
-        return TransformerState(self.attention.keys_values(self.norm(x_RLD)), sequence.mask_RL)
+        return TransformerState(
+            self.attention.keys_values(self.norm(x_RLD)),
+            sequence.mask_RL,
+            self.bias.of_request(sequence),
+        )
 
-    def read(self, state: TransformerState, side_RCX: Tensor, candidate_RCX: Tensor) -> Tensor:
+    def read(
+        self, state: TransformerState, side_RCX: Tensor, candidate_RCX: Tensor, match_RCLF: Tensor
+    ) -> Tensor:
         query_RCD = self.steps.side_in(side_RCX) + self.candidate_in(candidate_RCX)
         is_empty_R = ~state.mask_RL.any(dim=1)
         mask_R11L = (state.mask_RL | is_empty_R[:, None])[:, None, None]
-        read_RCD = self.attention.attend(self.query_norm(query_RCD), state.keys_values, mask_R11L)
+        bias_RHCL = self.bias(state.gap_RLH, match_RCLF).masked_fill(~mask_R11L, float("-inf"))
+        read_RCD = self.attention.attend(self.query_norm(query_RCD), state.keys_values, bias_RHCL)
         read_RCD = torch.where(is_empty_R[:, None, None], self.empty, read_RCD)
         return torch.cat([read_RCD, query_RCD, read_RCD * query_RCD], dim=-1)
 

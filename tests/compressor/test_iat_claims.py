@@ -39,7 +39,12 @@ RANKER = RankerConfig(
     embedding=4, width=16, num_tokens=8, depth=1, heads=2, history_length=8, query_width=16
 )
 TRAINING = RankerTraining(
-    learning_rate=5e-3, embedding_factor=1.0, batch_candidates=80, epochs=4, patience=4
+    learning_rate=5e-3,
+    embedding_factor=1.0,
+    batch_candidates=80,
+    epochs=4,
+    patience=4,
+    pass_steps=1,
 )
 
 

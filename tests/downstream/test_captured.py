@@ -18,7 +18,9 @@ from downstream.user_index import IN_MEMORY, IndexStore
 SMALL = RankerConfig(
     embedding=4, width=16, num_tokens=8, depth=1, heads=2, history_length=6, query_width=8
 )
-TRAINING = RankerTraining(batch_candidates=14, learning_rate=0.01, epochs=2, patience=2)
+TRAINING = RankerTraining(
+    batch_candidates=14, learning_rate=0.01, epochs=2, patience=2, pass_steps=1
+)
 DAYS = range(6)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -68,9 +70,13 @@ def test_captured_steps_give_the_numbers_of_plain_ones(
         days = [(r.score, r.loss) for r in walk(trainer, data, DAYS)]
         scores = np.concatenate([score for score, _ in days])
         losses = np.array([loss for _, loss in days])
-        found.append((scores, losses, trainer.average.averaged))
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4, equal_nan=True)
+        weights = torch.cat([p.flatten() for p in trainer.average.averaged])
+        found.append((scores, losses, weights))
+    (plain_scores, plain_losses, plain), (scores, losses, weights) = found
+    torch.testing.assert_close(scores, plain_scores, rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(losses, plain_losses, rtol=2e-3, atol=2e-4, equal_nan=True)
+    # Adam makes a step of a gradient's sign: where that is rounding, single weights differ.
+    assert torch.linalg.vector_norm(weights - plain) < 2e-3 * torch.linalg.vector_norm(plain)
 
 
 @pytest.mark.gpu

@@ -172,7 +172,7 @@ def test_tokens_get_no_gradient_and_never_change(
     cross_entropy(ranker(batch), batch.label_RC).backward()
     assert all(t.grad is None for t in tokens)
     trainer = RankerTrainer.create(*case, RankerTraining(), data)
-    trainer.train_on(data, [data.of_days(0, 100)], 2**62)
+    trainer.train_on(data, [data.of_days(0, 100)], 2**62, size=100)
     torch.testing.assert_close(data.store.token_ND, held, rtol=0, atol=0)
 
 
@@ -282,7 +282,7 @@ def test_prediction_moves_no_scale(data: RankerData) -> None:
     before = trainer.state()["model.match.mean_M"].clone()
     trainer.predict(data, days)
     torch.testing.assert_close(trainer.state()["model.match.mean_M"], before, rtol=0, atol=0)
-    trainer.train_on(data, [days], 2**62)
+    trainer.train_on(data, [days], 2**62, size=len(days))
     assert not torch.equal(trainer.state()["model.match.mean_M"], before)
 
 

@@ -91,7 +91,7 @@ def plan_of(**changes: Any) -> Plan:
         config=RankerConfig(
             embedding=4, width=16, depth=1, heads=2, history_length=6, query_width=8
         ),
-        training=RankerTraining(batch_candidates=20, epochs=1),
+        training=RankerTraining(batch_candidates=20, epochs=1, pass_steps=1),
     )
     return replace(plan, **changes)
 
