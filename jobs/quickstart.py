@@ -122,7 +122,8 @@ def main(args: Args) -> dict[str, Any]:
     clock = Clock()
     with ledger.job(args.lake, "quickstart", args) as run:
         with clock.step("Spark: raw log -> instances, streams, histories, samples on Delta"):
-            _run(command)
+            # A small log is done before Java's second compiler pays back what it takes.
+            _run(command, SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1")
         compared = _compare(args, domain, clock)
         with clock.step("leak proof: SQL over the instances, then a disturbed future"):
             proof = verify.verify(domain, args.lake, "user", num_samples=100, seed=args.seed)
@@ -173,9 +174,13 @@ def _full(args: Args, domain: Domain, command: list[str]) -> dict[str, Any]:
     return found
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], **environment: str) -> None:
     log.info("$ %s", shlex.join(command))
-    done = subprocess.run([sys.executable, "-m", "jobs.cli", *command[1:]], check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", *command[1:]],
+        check=False,
+        env=environment | os.environ,
+    )
     if done.returncode == 2:
         raise InputError(f"{shlex.join(command)} refused its input, see above")
     if done.returncode:
