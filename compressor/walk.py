@@ -23,7 +23,7 @@ from compressor.losses import SourceLosses
 from compressor.nn.embedding import Vocabulary
 from compressor.source_model import SourceModel
 from compressor.training import checkpoint
-from compressor.training.loop import WeightAverage, train
+from compressor.training.loop import EarlyStop, WeightAverage, train
 from pipelines.domain import Domain
 
 TOKEN_ROWS = 8192
@@ -247,7 +247,7 @@ def fit(
         units, held_out = units[kept[units[:, 0]]], held_out[kept[held_out[:, 0]]]
     size = max(1, round(len(units) / training.pass_steps))
     base = [group["lr"] for group in trainer.optimizer.param_groups]
-    best, best_loss, num_worse = trainer.state(), float("inf"), 0
+    passes = EarlyStop(training.patience)
     for epoch in range(training.epochs):
         random = np.random.default_rng([training.seed, epoch // 2])
         order = random.permutation(len(units))
@@ -258,19 +258,12 @@ def fit(
         generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + epoch)
         loss = trainer.train_on(data, groups, [border * DAY_US] * len(groups), generator)
         held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
-        # Without a label to judge by, the last pass is the best.
-        is_best = np.isnan(held_loss) or held_loss < best_loss
-        if is_best:
-            best = {name: t.clone() for name, t in trainer.state().items()}
-            best_loss, num_worse = held_loss, 0
-        else:
-            num_worse += 1
-        yield FitResult(epoch, loss, held_loss, bool(is_best))
-        if num_worse >= training.patience:
+        yield FitResult(epoch, loss, held_loss, passes.judge(held_loss, trainer.state()))
+        if passes.is_over:
             break
     for group, rate in zip(trainer.optimizer.param_groups, base, strict=True):
         group["lr"] = rate
-    trainer.restore(best)
+    trainer.restore(passes.best)
 
 
 def _log_loss(trainer: Trainer, data: StreamData, units: Int64s, known_before_us: int) -> float:

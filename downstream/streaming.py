@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from compressor.training.capture import BUILDING
 from compressor.training.checkpoint import restore, state
-from compressor.training.loop import WeightAverage, train
+from compressor.training.loop import EarlyStop, WeightAverage, train
 from downstream.batch import Ranker, RankerBatch
 from downstream.captured import PredictionStep, TrainingStep
 from downstream.configs import RankerConfig, RankerTraining
@@ -231,7 +231,7 @@ def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[Epoch
     pieces, held_out = data.of_days(days.start, border), data.of_days(border, days.stop)
     size = min(pieces_a_batch(data, training), max(1, len(pieces) // training.pass_steps))
     rates = [float(group["lr"]) for group in trainer.optimizer.param_groups]
-    best, best_loss, num_worse = trainer.state(), float("inf"), 0
+    passes = EarlyStop(training.patience)
     for epoch in range(training.epochs):
         _set_rates(trainer, [rate * (1 - 0.9 * epoch / training.epochs) for rate in rates])
         order = np.random.default_rng([training.seed, epoch]).permutation(pieces)
@@ -239,18 +239,11 @@ def fit(trainer: RankerTrainer, data: RankerData, days: range) -> Iterator[Epoch
         groups = _groups(order, size)
         loss, _ = trainer.train_on(data, groups, border * DAY_US, size)
         held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
-        # Without a label to judge by, the last pass is the best.
-        is_best = np.isnan(held_loss) or held_loss < best_loss
-        if is_best:
-            best = {name: t.clone() for name, t in trainer.state().items()}
-            best_loss, num_worse = held_loss, 0
-        else:
-            num_worse += 1
-        yield EpochResult(epoch, loss, held_loss, bool(is_best))
-        if num_worse >= training.patience:
+        yield EpochResult(epoch, loss, held_loss, passes.judge(held_loss, trainer.state()))
+        if passes.is_over:
             break
     _set_rates(trainer, rates)
-    trainer.restore(best)
+    trainer.restore(passes.best)
 
 
 def _set_rates(trainer: RankerTrainer, rates: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -68,6 +69,30 @@ def refuse_divergence(num_bad: Tensor, step: int, patience: int = 5) -> None:
             f"{int(num_bad)} steps in a row without a finite gradient (step {step}); lower the "
             f"learning rate"
         )
+
+
+class EarlyStop:
+    """The state of the best pass so far, and whether `patience` passes in a row were no better."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best: dict[str, Tensor] = {}
+        self._best_loss, self._num_worse = math.inf, 0
+
+    def judge(self, held_out_loss: float, state: dict[str, Tensor]) -> bool:
+        """Whether this pass is the best so far; then its state is kept. Without a loss to judge by
+        (NaN), the last pass is the best."""
+        is_best = math.isnan(held_out_loss) or held_out_loss < self._best_loss
+        if is_best:
+            self.best = {name: tensor.clone() for name, tensor in state.items()}
+            self._best_loss, self._num_worse = held_out_loss, 0
+        else:
+            self._num_worse += 1
+        return is_best
+
+    @property
+    def is_over(self) -> bool:
+        return self._num_worse >= self.patience
 
 
 class WeightAverage:
