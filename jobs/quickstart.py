@@ -123,7 +123,9 @@ def main(args: Args) -> dict[str, Any]:
     with ledger.job(args.lake, "quickstart", args) as run:
         with clock.step("Spark: raw log -> instances, streams, histories, samples on Delta"):
             # A small log is done before Java's second compiler pays back what it takes.
-            _run(command, SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1")
+            _run(
+                command, SPARK_SUBMIT_OPTS="-XX:TieredStopAtLevel=1 -XX:ReservedCodeCacheSize=240m"
+            )
         compared = _compare(args, domain, clock)
         with clock.step("leak proof: SQL over the instances, then a disturbed future"):
             proof = verify.verify(domain, args.lake, "user", num_samples=100, seed=args.seed)
