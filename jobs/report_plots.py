@@ -7,6 +7,8 @@ CSS variables, so one drawing serves both schemes.
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 import textwrap
 import warnings
@@ -229,9 +231,14 @@ def _interval(axes: Axes, row: int, low: float, middle: float, high: float, colo
 
 
 def _limit(reach: Sequence[float]) -> float:
-    """How far a plot of differences goes: four times the middle one, or all if none is beyond."""
-    known = [value for value in reach if np.isfinite(value)]
-    return 4 * float(np.median(known)) if known else np.inf
+    """How far a plot of differences goes: to all, or to where, past the middle one, the next is
+    more than eight times as far."""
+    known = sorted(value for value in reach if np.isfinite(value))
+    past_middle = known[max(0, (len(known) - 1) // 2) :]
+    for near, far in itertools.pairwise(past_middle):
+        if near > 0 and far > 8 * near:
+            return near
+    return math.inf
 
 
 def _looks(names: Sequence[str], base: str | None) -> dict[str, tuple[str, Any]]:
