@@ -8,6 +8,7 @@ import importlib
 import inspect
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -177,18 +178,24 @@ def usage() -> str:
 
 
 def write_json(path: Path | None, result: Any) -> None:
-    """Atomically, so that a reader never meets half a file."""
+    """Atomically, so that a reader never meets half a file; what is not a number is null."""
     if path is None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(_plain(result), indent=1, sort_keys=True, default=str) + "\n")
+    temporary.write_text(
+        json.dumps(_plain(result), indent=1, sort_keys=True, default=str, allow_nan=False) + "\n"
+    )
     temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _os_error(name: str, error: OSError) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import CHECK_FAILED, COMMANDS, DONE, JSON_KEYS, RETRY, WRONG_INPUT, run
+from jobs.cli import CHECK_FAILED, COMMANDS, DONE, JSON_KEYS, RETRY, WRONG_INPUT, run, write_json
 from pipelines.errors import CheckFailedError, InputError, RetryableError
 
 SAID_ALIKE = ("domain", "lake", "start", "end", "version", "master", "device", "seed", "dry_run")
@@ -87,6 +87,13 @@ def test_a_slip_is_answered_with_what_to_do(
 ) -> None:
     assert run(argv) == WRONG_INPUT
     assert said in capsys.readouterr().err
+
+
+def test_json_has_null_where_there_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    write_json(path, {"auc": float("nan"), "rows": [{"low": float("inf")}, 1.5], "name": "x"})
+    assert "NaN" not in path.read_text()
+    assert json.loads(path.read_text()) == {"auc": None, "rows": [{"low": None}, 1.5], "name": "x"}
 
 
 def test_json_holds_the_documented_keys(tmp_path: Path) -> None:
