@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressor.nn.attention import gap_buckets
 from downstream.batch import MAIN, HistorySequence, RankerBatch
 from downstream.configs import ARMS, RankerConfig, RankerTraining, arm
 from downstream.data import RankerData
-from downstream.inputs import strictly_before
+from downstream.inputs import StepBias, strictly_before
 from downstream.interaction import MatchFeatures
 from downstream.rankers import RANKERS, make_ranker
 from downstream.streaming import RankerTrainer, cross_entropy
@@ -239,6 +241,29 @@ def test_a_step_sees_itself_and_strictly_earlier_steps() -> None:
         [0, 1, 1, 0],
         [0, 1, 0, 1],
     ]
+
+
+def test_a_step_is_scored_by_the_fields_it_shares_and_its_age(
+    data: RankerData, batch_of: BatchOf
+) -> None:
+    config = arm("base", SMALL)
+    batch = batch_of(config)
+    past = batch.histories[MAIN]
+    own_RCF = batch.ids_RCS[:, :, data.inputs.side_slots]
+    match_RCLF = make_ranker("din", config, data.inputs, data.vocabulary)._matches(batch)
+    assert match_RCLF.any()
+    for r, c, step, f in itertools.product(*map(range, match_RCLF.shape)):
+        same = own_RCF[r, c, f] == past.ids_RLF[r, step, f] != 0  # 0 is missing: it matches nothing
+        assert bool(match_RCLF[r, c, step, f]) == bool(same)
+    bias = StepBias(data.inputs, num_heads=2)
+    assert not bias(bias.of_request(past), match_RCLF).any()  # at first nothing is preferred
+    with torch.no_grad():
+        bias.match_FH[:, 1] = 1.0
+        bias.gap_XH[:, 0] = torch.arange(len(bias.gap_XH))
+    bias_RHCL = bias(bias.of_request(past), match_RCLF)
+    torch.testing.assert_close(bias_RHCL[:, 1], match_RCLF.sum(dim=-1).float())
+    for c in range(match_RCLF.shape[1]):
+        torch.testing.assert_close(bias_RHCL[:, 0, c], gap_buckets(past.gap_s_RL).float())
 
 
 def test_cosine_features_count_the_past_tokens_that_are_alike() -> None:
