@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from dataclasses import dataclass
-from datetime import date
 from typing import Any
 
 import pyarrow.compute as pc
 
-from jobs import ledger
+from jobs import build_streams, ledger
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
 from pipelines import delta, tables
@@ -22,22 +21,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
+class Args(build_streams.Args):
     """Build a domain's ranker samples from its instances: a pointer (user, as_of) and the target's
     features known at the request, with labels and when each became known."""
-
-    domain: str
-    """Name of a domain that comes with the toolkit, or a FILE.toml."""
-    lake: str
-    """Root folder or object-store URI of the Delta tables."""
-    start: date | None = None
-    """First day (UTC); empty: the instances' first."""
-    end: date | None = None
-    """The day after the last; empty: the instances' end."""
-    master: str = "local[*]"
-    """Spark master: local[*], spark://HOST:PORT, ..."""
-    dry_run: bool = False
-    """Say what would be built, and stop."""
 
 
 def main(args: Args) -> dict[str, Any]:
