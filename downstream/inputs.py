@@ -6,6 +6,7 @@ E embedding width, K labels, D width, X any flat width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -106,12 +107,22 @@ class StepVectors(nn.Module):
 
 class StepBias(nn.Module):
     """What target attention adds to a step's score: which side fields it shares with the candidate,
-    and how long ago it was. What is exact need not be learned from embeddings. Zero at first."""
+    and how long ago it was. What is exact need not be learned from embeddings.
+
+    Heads start apart, so that each reads something else of the past from the first step on: even
+    ones without regard to age, odd ones in proportion to 1 / age (slopes by head: Press et al.,
+    "ALiBi", ICLR 2022; here over log age); the later half prefers what the candidate shares fields
+    with. The first head, or the only one, starts at zero.
+    """
 
     def __init__(self, inputs: RankerInputs, num_heads: int) -> None:
         super().__init__()
-        self.match_FH = nn.Parameter(torch.zeros(len(inputs.side.features), num_heads))
-        self.gap_XH = nn.Parameter(torch.zeros(NUM_GAP_BUCKETS, num_heads))
+        head_H = torch.arange(num_heads)
+        is_alike_H, is_recent_H = head_H >= (num_heads + 1) // 2, head_H % 2 == 1
+        num_fields = len(inputs.side.features)
+        self.match_FH = nn.Parameter(is_alike_H.float().repeat(num_fields, 1))
+        log_age_X = torch.arange(NUM_GAP_BUCKETS) * math.log(2)
+        self.gap_XH = nn.Parameter(-log_age_X[:, None] * is_recent_H.float())
 
     def of_request(self, sequence: HistorySequence) -> Tensor:
         """gap_RLH: the part that no candidate changes."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from downstream.configs import RankerConfig, RankerTraining
 from jobs import full_comparison, ledger, report
 from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, Arm
 from jobs.full_comparison import Plan, print_windows
@@ -23,17 +22,6 @@ from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
 
 log = logging.getLogger(__name__)
-
-RECIPES: Mapping[str, tuple[RankerConfig, RankerTraining]] = {
-    # Ids say little there and are soon learned by heart; over 64 steps the branch did not start.
-    "synthetic": (
-        RankerConfig(history_length=32),
-        RankerTraining(
-            learning_rate=3e-3, embedding_factor=0.3, batch_candidates=80, epochs=3, patience=3
-        ),
-    ),
-}
-"""Rankers of a domain, the same in every arm; any other domain takes the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +92,7 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def plan_of(args: Args, domain: Domain) -> Plan:
-    """All arms, at the sizes of `iat train-ranker` unless the domain has a recipe."""
-    config, training = RECIPES.get(domain.name, (RankerConfig(), RankerTraining()))
+    """All arms, at the sizes of `iat train-ranker`."""
     arms: tuple[Arm, ...] = FULL_ARMS + (ALL_USERS_ARMS if args.user_share < 1 else ())
     return Plan(
         domain=domain,
@@ -116,8 +103,6 @@ def plan_of(args: Args, domain: Domain) -> Plan:
         user_share=args.user_share,
         user_seed=args.user_seed,
         device=device_of(args.device),
-        config=config,
-        training=training,
     )
 
 

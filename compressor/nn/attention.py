@@ -26,7 +26,8 @@ class MultiHeadAttention(nn.Module):
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
         self.num_heads = num_heads
         self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
+        # A bias of keys changes no weight of a softmax, and one of values is a bias of `out`.
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
         self.out = nn.Linear(width, width)
 
     def split(self, x_BLD: Tensor) -> Tensor:

@@ -255,13 +255,20 @@ def test_a_step_is_scored_by_the_fields_it_shares_and_its_age(
     for r, c, step, f in itertools.product(*map(range, match_RCLF.shape)):
         same = own_RCF[r, c, f] == past.ids_RLF[r, step, f] != 0  # 0 is missing: it matches nothing
         assert bool(match_RCLF[r, c, step, f]) == bool(same)
-    bias = StepBias(data.inputs, num_heads=2)
-    assert not bias(bias.of_request(past), match_RCLF).any()  # at first nothing is preferred
+    alone = StepBias(data.inputs, num_heads=1)
+    assert not alone(alone.of_request(past), match_RCLF).any()  # at first nothing is preferred
+    bias = StepBias(data.inputs, num_heads=4)
+    first_RHCL = bias(bias.of_request(past), match_RCLF)
+    alike_RCL = match_RCLF.sum(dim=-1).float()
+    age_RCL = gap_buckets(past.gap_s_RL)[:, None].expand_as(alike_RCL) * np.log(2)
+    for head, wanted in enumerate([0 * age_RCL, -age_RCL, alike_RCL, alike_RCL - age_RCL]):
+        torch.testing.assert_close(first_RHCL[:, head], wanted.float())
     with torch.no_grad():
-        bias.match_FH[:, 1] = 1.0
+        bias.gap_XH[:, :3] = bias.match_FH[:, :3] = 0.0
+        bias.match_FH[:, 1] = 2.0
         bias.gap_XH[:, 0] = torch.arange(len(bias.gap_XH))
     bias_RHCL = bias(bias.of_request(past), match_RCLF)
-    torch.testing.assert_close(bias_RHCL[:, 1], match_RCLF.sum(dim=-1).float())
+    torch.testing.assert_close(bias_RHCL[:, 1], 2 * alike_RCL)
     for c in range(match_RCLF.shape[1]):
         torch.testing.assert_close(bias_RHCL[:, 0, c], gap_buckets(past.gap_s_RL).float())
 
