@@ -64,7 +64,7 @@ class RankerTraining:
     learning_rate: float = 1e-3
     embedding_factor: float = 2.5
     """Embeddings learn this much faster; at the rate of the rest the base loses .004 of AUC."""
-    batch_candidates: int = 1500
+    batch_candidates: int = 1000
     """Candidates a step, about: whole requests (or pieces of long ones) that hold so many. Smaller
     batches are as good or better, and cost more steps."""
     replay: float = 1.0
