@@ -20,6 +20,7 @@ from jobs import ledger
 from jobs.events import open_events
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
+from jobs.spark_progress import task_bar
 from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
@@ -110,7 +111,8 @@ def build(
     rows = checked(events, domain, days).persist(StorageLevel.MEMORY_AND_DISK)
     has_day = F.to_date("event_time").eqNullSafe(F.col("event_date"))
     try:
-        counted = rows.groupBy("rule", has_day.alias("has_day")).count().collect()
+        with task_bar(lake.spark, f"events of {domain.name}"):
+            counted = rows.groupBy("rule", has_day.alias("has_day")).count().collect()
         num_kept = sum(row["count"] for row in counted if row["rule"] is None)
         rules: Counter[str] = Counter()
         for row in counted:

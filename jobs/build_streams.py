@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
-from tqdm import tqdm
-
 from jobs import ledger
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
@@ -79,7 +77,7 @@ def build(
         (tables.histories(domain), histories(ready, domain)),
     )
     found: dict[str, int] = {}
-    for table, rows in tqdm(wanted, desc=f"streams of {domain.name}", unit="table", delay=5):
+    for table, rows in wanted:
         written = lake.replace(table, rows, days, commit=commit)
         found[table.name] = sum(delta.num_rows(lake.lake, table, days, version=written).values())
     return found

@@ -31,6 +31,7 @@ from pyspark.sql.types import StructType
 from jobs.jars import jar_paths
 from jobs.java import find_java
 from jobs.spark_faults import SPARK_ERRORS, as_ours
+from jobs.spark_progress import task_bar
 from pipelines import delta
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
@@ -174,7 +175,8 @@ class SparkTables:
             return self._committed_version(path)
 
         try:
-            return retried(commit_once, what=f"{table.name} {days}")
+            with task_bar(self.spark, table.name):
+                return retried(commit_once, what=f"{table.name} {days}")
         except SPARK_ERRORS as error:
             raise _explained(error, table, days) from error
 
