@@ -82,7 +82,8 @@ VARIANT_ARMS = (
         line="user",
     ),
 )
-"""What papers/iat 1.12 orders beside "+ user-order tokens", each changed in one thing."""
+"""What papers/iat 1.12 orders beside "+ user-order tokens": the same, with one choice of the design
+undone. Where a log has fields known only after the event, tokens stored after SIT lack them too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
