@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Order = Literal["temporal", "user"]
+Stored = Literal["pre-sit", "post-sit"]
+"""What is kept of an event: its bottleneck vector, or (a control) what SIT reads for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,10 +2,9 @@
 SIT).
 
 Li et al., "IAT: Instance-As-Token Compression", arXiv 2604.08933; papers' sections 1.3 and 1.4.
-The stored token is the bottleneck vector *before* SIT. Fields known only after the event enter the
-token beside the
-bottleneck's input and never a row's own prediction: in user order only later rows' losses train
-them.
+The stored token is the bottleneck vector *before* SIT; what SIT reads is stored in its place as a
+control only. Fields known only after the event enter the token beside the bottleneck's input and
+never a row's own prediction: in user order only later rows' losses train them.
 Shape legend: N rows, K token rows, Q query rows, D bottleneck width.
 """
 
@@ -29,6 +28,8 @@ class SourceOutput(NamedTuple):
     logit_Q: Tensor
     token_KD: Tensor
     """Pre-SIT tokens of the token rows: what is stored."""
+    read_QD: Tensor | None
+    """What SIT reads for each query row; None where rows are predicted alone."""
 
 
 class SourceModel(nn.Module):
@@ -101,7 +102,7 @@ class SourceModel(nn.Module):
             + self._after(batch.after_rows_NS[batch.token_K], batch.after_numbers_NM[batch.token_K])
         )
         own_QD = self.squeeze(hidden_ND[batch.query_Q])
-        return SourceOutput(self.predict(own_QD, token_KD, batch.packing), token_KD)
+        return self.predict(own_QD, token_KD, batch.packing)
 
     def forward_stored(self, batch: SourceBatch, stored_KD: Tensor) -> SourceOutput:
         """The streaming mode: the same predictions from stored tokens, through which no gradient
@@ -109,16 +110,15 @@ class SourceModel(nn.Module):
         own_QD = self.squeeze(
             self.hidden(batch.rows_NS[batch.query_Q], batch.numbers_NM[batch.query_Q])
         )
-        stored_KD = stored_KD.detach()
-        return SourceOutput(self.predict(own_QD, stored_KD, batch.packing), stored_KD)
+        return self.predict(own_QD, stored_KD.detach(), batch.packing)
 
-    def predict(self, own_QD: Tensor, token_KD: Tensor, packing: Packing) -> Tensor:
-        """logit_Q from each query's own compressed fields and what SIT reads for it."""
+    def predict(self, own_QD: Tensor, token_KD: Tensor, packing: Packing) -> SourceOutput:
+        """Logits from each query's own compressed fields and what SIT reads for it."""
         if self.sit is None or self.wide is None:
-            return self.decoder(own_QD).squeeze(-1)
+            return SourceOutput(self.decoder(own_QD).squeeze(-1), token_KD, None)
         read_QD = self.sit(torch.cat([token_KD, own_QD]), packing)[len(token_KD) :]
         logit_Q1 = self.decoder(torch.cat([read_QD, own_QD], dim=1)) + self.wide(read_QD)
-        return logit_Q1.squeeze(-1)
+        return SourceOutput(logit_Q1.squeeze(-1), token_KD, read_QD)
 
 
 class _AfterInput(nn.Module):

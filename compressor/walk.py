@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from compressor.batch import SourceBatch, make_batch
-from compressor.configs import SourceConfig, TrainingConfig
+from compressor.configs import SourceConfig, Stored, TrainingConfig
 from compressor.data import DAY_US, Int64s, StreamData
 from compressor.losses import SourceLosses
 from compressor.nn.embedding import Vocabulary
-from compressor.source_model import SourceModel
+from compressor.source_model import SourceModel, SourceOutput
 from compressor.training import checkpoint
 from compressor.training.loop import EarlyStop, WeightAverage, train
 from pipelines.domain import Domain
@@ -132,19 +132,42 @@ class Trainer:
     @torch.no_grad()
     def predict(self, data: StreamData, units: Int64s) -> tuple[Int64s, npt.NDArray[np.float32]]:
         """Rows of the units and their logits under the averaged weights."""
-        self.model.eval()
         rows, scores = [], []
+        for row_Q, output in self._outputs(data, units):
+            rows.append(row_Q.cpu().numpy())
+            scores.append(output.logit_Q.float().cpu().numpy())
+        if not rows:
+            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return np.concatenate(rows), np.concatenate(scores)
+
+    @torch.no_grad()
+    def tokens_after_sit(
+        self, data: StreamData, units: Int64s
+    ) -> tuple[Int64s, npt.NDArray[np.float16]]:
+        """Event rows of the units and, on the scale of tokens, what SIT reads for each when it is
+        predicted: of its own row, fields known at the request alone (the control of papers/iat 1.4,
+        storage after SIT)."""
+        width = self.model.config.bottleneck
+        rows, found = [np.zeros(0, np.int64)], [np.zeros((0, width), np.float16)]
+        for row_Q, output in self._outputs(data, units):
+            if output.read_QD is None:
+                raise ValueError("tokens after SIT need order 'user': this model has no SIT")
+            is_event_Q = data.tensors.is_event_N[row_Q]
+            token_ED = self.model.token_norm(output.read_QD[is_event_Q])
+            rows.append(row_Q[is_event_Q].cpu().numpy())
+            found.append(token_ED.half().cpu().numpy())
+        return np.concatenate(rows), np.concatenate(found)
+
+    def _outputs(self, data: StreamData, units: Int64s) -> Iterator[tuple[Tensor, SourceOutput]]:
+        """Query rows and what the averaged weights say of them, some units at a time."""
+        self.model.eval()
         with self.average:
             for start in range(0, len(units), PREDICT_UNITS):
                 group = torch.from_numpy(units[start : start + PREDICT_UNITS]).to(
                     data.tensors.time_N.device
                 )
                 batch = make_batch(data, group, context=self.context, known_before_us=0)
-                rows.append(batch.row_N[batch.query_Q].cpu().numpy())
-                scores.append(self.model(batch).logit_Q.float().cpu().numpy())
-        if not rows:
-            return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        return np.concatenate(rows), np.concatenate(scores)
+                yield batch.row_N[batch.query_Q], self.model(batch)
 
     @torch.no_grad()
     def tokens(self, data: StreamData, rows: Int64s) -> npt.NDArray[np.float16]:
@@ -170,10 +193,12 @@ def walk(
     first_day: int | None = None,
     kept: npt.NDArray[np.bool_] | None = None,
     is_training: bool = True,
+    stored: Stored = "pre-sit",
 ) -> Iterator[DayResult]:
     """Day by day: predict, train on the day and on replayed earlier days, then the day's tokens.
 
-    Rows that are not `kept` are predicted and get tokens, and are never trained on.
+    Rows that are not `kept` are predicted and get tokens, and are never trained on. Tokens stored
+    post-SIT are what was read when the day was predicted, before it was trained on.
 
     Replay draws uniformly from the user-days in [first_day, day) (default: the first of `days`); a
     replayed row reads
@@ -187,6 +212,7 @@ def walk(
     for day in map(int, days):
         today = all_units[unit_day == day]
         row, score = trainer.predict(data, today)
+        read = trainer.tokens_after_sit(data, today)[1] if stored == "post-sit" else None
         random = np.random.default_rng([training.seed, day])
         generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + day)
         trained = all_units[(unit_day == day) & is_kept] if is_training else today[:0]
@@ -211,7 +237,8 @@ def walk(
             else np.zeros(0, np.int64)
         )
         event_row = event_row[data.is_event[event_row]]
-        yield DayResult(day, row, score, event_row, trainer.tokens(data, event_row), loss)
+        token = trainer.tokens(data, event_row) if read is None else read
+        yield DayResult(day, row, score, event_row, token, loss)
 
 
 class FitResult(NamedTuple):

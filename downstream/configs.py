@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pipelines.errors import InputError
 
 Branch = Literal["none", "tokens", "fields"]
+Reader = Literal["transformer", "din"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +33,12 @@ class RankerConfig:
     """Match features of the candidate in the user's whole past."""
     branch: Branch = "none"
     """A second sequence: stored tokens, or all logged fields of the same events end to end."""
+    branch_reader: Reader = "transformer"
+    """How the branch is read: causal layers and cross-attention, or DIN's activation unit alone."""
     branch_layers: int = 2
+    """Causal layers over the branch (transformer only)."""
+    branch_labels: bool = True
+    """The branch's side information holds past labels; the hand-made sequence's always does."""
     query_width: int = 128
     """Width to which the current request is compressed before it queries the branch."""
     item_tokens: bool = False
@@ -52,6 +58,14 @@ class RankerConfig:
             raise ValueError(f"lengths, depths and widths must be positive: {self}")
         if self.branch not in ("none", "tokens", "fields"):
             raise ValueError(f"branch must be none, tokens or fields, got {self.branch!r}")
+        if self.branch_reader not in ("transformer", "din"):
+            raise ValueError(
+                f"branch_reader must be transformer or din, got {self.branch_reader!r}"
+            )
+        if self.branch == "none" and (self.branch_reader == "din" or not self.branch_labels):
+            raise ValueError(
+                "branch_reader = 'din' and branch_labels = False need a branch: tokens or fields"
+            )
         if self.item_tokens and self.branch != "tokens":
             raise ValueError("item_tokens needs branch = 'tokens': both come from one line")
 
@@ -104,8 +118,11 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "tokens": {"branch": "tokens"},
     "match": {"branch": "tokens", "item_tokens": True},
     "tokens-only": {"history": False, "match": False, "branch": "tokens"},
+    "tokens-din": {"branch": "tokens", "branch_reader": "din"},
+    "tokens-unlabelled": {"branch": "tokens", "branch_labels": False},
 }
-"""Arms of a comparison by name, as changes to the base (FINDINGS.md section 3)."""
+"""Arms of a comparison by name, as changes to the base (FINDINGS.md section 3; the last two:
+papers/iat 1.6)."""
 
 
 def arm(name: str, config: RankerConfig | None = None) -> RankerConfig:

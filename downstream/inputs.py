@@ -83,26 +83,38 @@ class FieldVectors(nn.Module):
 
 
 class StepVectors(nn.Module):
-    """Side information of each step as one vector: fields, labels known, time gap, recency."""
+    """Side information of each step as one vector: fields, time gap, labels known (unless made
+    without), recency."""
 
-    def __init__(self, side_width: int, inputs: RankerInputs, width: int, length: int) -> None:
+    def __init__(
+        self,
+        side_width: int,
+        inputs: RankerInputs,
+        width: int,
+        length: int,
+        *,
+        has_labels: bool = True,
+    ) -> None:
         super().__init__()
         self.side_in = nn.Linear(side_width, width)
         self.gap = nn.Embedding(NUM_GAP_BUCKETS, width)
-        self.label = nn.Embedding(inputs.num_labels * NUM_LABEL_STATES, width)
+        self.label = (
+            nn.Embedding(inputs.num_labels * NUM_LABEL_STATES, width) if has_labels else None
+        )
         self.recency = nn.Parameter(torch.zeros(length, width))
         for table in (self.gap, self.label):
-            nn.init.normal_(table.weight, std=0.1)
+            if table is not None:
+                nn.init.normal_(table.weight, std=0.1)
 
     def forward(self, side_RLX: Tensor, sequence: HistorySequence) -> Tensor:
         """[R, L, width]; L may not pass the length this was made with."""
         length = side_RLX.shape[1]
-        num_labels = sequence.label_RLK.shape[-1]
-        first_K = torch.arange(num_labels, device=side_RLX.device) * NUM_LABEL_STATES
-        label_RLD = self.label(sequence.label_RLK + first_K).sum(dim=2)
-        gap_RLD = self.gap(gap_buckets(sequence.gap_s_RL))
-        recency_LD = self.recency[len(self.recency) - length :]
-        return self.side_in(side_RLX) + gap_RLD + label_RLD + recency_LD
+        step_RLD = self.side_in(side_RLX) + self.gap(gap_buckets(sequence.gap_s_RL))
+        if self.label is not None:
+            num_labels = sequence.label_RLK.shape[-1]
+            first_K = torch.arange(num_labels, device=side_RLX.device) * NUM_LABEL_STATES
+            step_RLD = step_RLD + self.label(sequence.label_RLK + first_K).sum(dim=2)
+        return step_RLD + self.recency[len(self.recency) - length :]
 
 
 class StepBias(nn.Module):

@@ -2,8 +2,9 @@
 
 Li et al., "IAT: Instance-As-Token Compression", arXiv 2604.08933, stage 2 (papers/iat 1.6).
 Here: adaptation MLP, side information beside the token, two causal layers, one cross-attention
-whose query is compressed from the current request and candidate, mean-pooled residual. Item tokens
-are FINDINGS.md section 2. Tokens are buffers: nothing here sends a gradient into them.
+whose query is compressed from the current request and candidate, mean-pooled residual; or, in place
+of layers and cross-attention, DIN's activation unit. Item tokens are FINDINGS.md section 2. Tokens
+are buffers: nothing here sends a gradient into them.
 
 Shape legend: R requests, C candidates, L sequence length, D token or branch width, X flat width.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor.nn.attention import MultiHeadAttention, TransformerBlock
+from downstream.activation_unit import ActivationUnit
 from downstream.batch import HistorySequence
 from downstream.configs import RankerConfig
 from downstream.inputs import RankerInputs, StepBias, StepVectors, strictly_before
@@ -55,11 +57,13 @@ class TokenBranch(nn.Module):
         summary_width: int,
     ) -> None:
         super().__init__()
-        width = config.width
+        width, is_din = config.width, config.branch_reader == "din"
         self.adapt = nn.Sequential(nn.Linear(source_width, width), nn.GELU())
         self.missing = nn.Parameter(torch.randn(width) * 0.1)
         self.empty = nn.Parameter(torch.randn(width) * 0.1)
-        self.steps = StepVectors(side_width, inputs, width, config.history_length)
+        self.steps = StepVectors(
+            side_width, inputs, width, config.history_length, has_labels=config.branch_labels
+        )
         self.domain = nn.Embedding(inputs.num_domains, width)
         nn.init.zeros_(self.domain.weight)
         self.join = nn.Linear(2 * width, width)
@@ -67,7 +71,7 @@ class TokenBranch(nn.Module):
         # learned on top.
         self.blocks = nn.ModuleList(
             TransformerBlock(width, config.heads, expansion=2).starting_as_identity()
-            for _ in range(config.branch_layers)
+            for _ in range(0 if is_din else config.branch_layers)
         )
         self.norm = nn.LayerNorm(width)
         self.request_in = nn.Linear(request_width, config.query_width)
@@ -81,8 +85,10 @@ class TokenBranch(nn.Module):
             else None
         )
         self.query_out = nn.Linear(config.query_width, width)
-        self.bias = StepBias(inputs, config.heads)
-        self.attention = MultiHeadAttention(width, config.heads)
+        self.bias = StepBias(inputs, 1 if is_din else config.heads)
+        self.attention: MultiHeadAttention | ActivationUnit = (
+            ActivationUnit(width) if is_din else MultiHeadAttention(width, config.heads)
+        )
 
     def encode(
         self,
@@ -92,7 +98,8 @@ class TokenBranch(nn.Module):
         request_RX: Tensor,
         sequence: HistorySequence,
     ) -> BranchState:
-        """Adapt, join with side information, and let every step read strictly earlier ones."""
+        """Adapt, join with side information, and (transformer) let every step read strictly
+        earlier ones."""
         adapted_RLD = torch.where(is_there_RL[..., None], self.adapt(source_RLX), self.missing)
         steps_RLD = self.steps(side_RLX, sequence) + self.domain.weight[sequence.domain]
         x_RLD = self.join(torch.cat([adapted_RLD, steps_RLD], dim=-1))

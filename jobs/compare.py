@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from jobs import full_comparison, ledger, report
-from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, Arm
+from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, VARIANT_ARMS, Arm
 from jobs.full_comparison import Plan, print_windows
 from jobs.train_compressor import device_of
 from pipelines import delta, tables
@@ -50,6 +50,9 @@ class Args:
     """Rank this share of users (by hash); below 1, arms with an all-users compressor are added."""
     user_seed: int = 0
     """Which users the share keeps."""
+    variants: bool = False
+    """Add the paper's variants of the user-order arm: tokens stored after SIT, the branch read by
+    DIN, the branch without past labels."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     limit_s: float | None = None
@@ -94,6 +97,7 @@ def main(args: Args) -> dict[str, Any]:
 def plan_of(args: Args, domain: Domain) -> Plan:
     """All arms, at the sizes of `iat train-ranker`."""
     arms: tuple[Arm, ...] = FULL_ARMS + (ALL_USERS_ARMS if args.user_share < 1 else ())
+    arms += VARIANT_ARMS if args.variants else ()
     return Plan(
         domain=domain,
         arms=arms,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from compressor import data as streams
-from compressor.configs import Order, SourceConfig, TrainingConfig
+from compressor.configs import Order, SourceConfig, Stored, TrainingConfig
 from compressor.data import DAY_US, StreamData
 from compressor.item_tokens import item_token_days
 from compressor.nn.embedding import Vocabulary
@@ -73,6 +73,17 @@ ALL_USERS_ARMS = (
     Arm(name="+ user-order and item tokens, all users", parts="match", line="user-all"),
     Arm(name="+ untrained and item tokens, all users", parts="match", line="untrained-all"),
 )
+VARIANT_ARMS = (
+    Arm(name="+ user-order tokens, stored after SIT", parts="tokens", line="user-post-sit"),
+    Arm(name="+ user-order tokens, read by DIN", parts="tokens-din", line="user"),
+    Arm(
+        name="+ user-order tokens, no past labels in the branch",
+        parts="tokens-unlabelled",
+        line="user",
+    ),
+)
+"""What papers/iat 1.12 orders beside "+ user-order tokens": the same, with one choice of the design
+undone. Where a log has fields known only after the event, tokens stored after SIT lack them too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,6 +94,8 @@ class Line:
     order: Order
     is_trained: bool = True
     is_all_users: bool = False
+    stored: Stored = "pre-sit"
+    """Training is the same either way."""
 
 
 LINES = {
@@ -90,6 +103,7 @@ LINES = {
     for line in (
         Line(name="temporal", order="temporal"),
         Line(name="user", order="user"),
+        Line(name="user-post-sit", order="user", stored="post-sit"),
         Line(name="untrained", order="user", is_trained=False),
         Line(name="user-all", order="user", is_all_users=True),
         Line(name="untrained-all", order="user", is_trained=False, is_all_users=True),
@@ -148,7 +162,8 @@ class LineResult:
     source_auc: float
     seconds: float
     drift: list[tuple[int, float]] = field(default_factory=list)
-    """(day, mean cosine of that day's stored tokens against the last weights')."""
+    """(day, mean cosine of that day's stored tokens against the last weights'); none for tokens
+    stored post-SIT."""
 
 
 def make_line(
@@ -171,7 +186,9 @@ def make_line(
     rows: list[Array] = []
     scores: list[Array] = []
     if frozen_at is None:
-        for result in walk(trainer, data, list(days), is_training=line.is_trained):
+        for result in walk(
+            trainer, data, list(days), is_training=line.is_trained, stored=line.stored
+        ):
             token[data.event_before[result.event_row]] = result.token
             rows.append(result.row)
             scores.append(result.score)
@@ -179,7 +196,11 @@ def make_line(
         if line.is_trained:
             for _ in fit(trainer, data, range(days.start, frozen_at)):
                 pass
-        token[:] = trainer.tokens(data, data.events)
+        if line.stored == "post-sit":
+            event_row, read = trainer.tokens_after_sit(data, data.day_units())
+            token[data.event_before[event_row]] = read
+        else:
+            token[:] = trainer.tokens(data, data.events)
         row, score = trainer.predict(data, data.day_units(range(frozen_at, days.stop)))
         rows.append(row)
         scores.append(score)
@@ -187,9 +208,8 @@ def make_line(
     known = ~np.isnan(label)
     source_auc = metrics.auc(label[known], np.concatenate(scores)[known])
     tokens = line_arrays(data, token, domain)
-    return LineResult(
-        tokens, source_auc, time.perf_counter() - started, drift_of(trainer, data, token)
-    )
+    drift = drift_of(trainer, data, token) if line.stored == "pre-sit" else []
+    return LineResult(tokens, source_auc, time.perf_counter() - started, drift)
 
 
 def line_arrays(data: StreamData, token: Array, domain: Domain) -> LineArrays:

@@ -517,7 +517,7 @@ def print_windows(report: dict[str, Any]) -> str:
             gauc = f"{1e3 * row['diff_gauc']:+6.2f}" if "diff_gauc" in row else ""
             loss = f"{1e3 * row['diff_logloss']:+6.2f}" if "diff_logloss" in row else ""
             out.append(
-                f"  {row['name']:44s} AUC {row['auc']:.4f} [{row['auc_low']:.4f}, "
+                f"  {row['name']:50s} AUC {row['auc']:.4f} [{row['auc_low']:.4f}, "
                 f"{row['auc_high']:.4f}]  d1e-3 {diff:26s} GAUC {row['gauc']:.4f} {gauc} LL "
                 f"{row['logloss']:.4f} {loss} {row['seconds']:.0f}s"
             )

@@ -63,7 +63,8 @@ class Args:
     ranker: str = "din"
     """din or transformer."""
     arm: str = "base"
-    """none, base, end-to-end, tokens, match (tokens and item tokens) or tokens-only."""
+    """none, base, end-to-end, tokens, match (tokens and item tokens), tokens-only, tokens-din or
+    tokens-unlabelled."""
     line: str = ""
     """Compressor line whose tokens the arm reads."""
     shuffled: bool = False

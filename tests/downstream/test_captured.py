@@ -22,10 +22,11 @@ TRAINING = RankerTraining(
     batch_candidates=14, learning_rate=0.01, epochs=2, patience=2, pass_steps=1
 )
 DAYS = range(6)
+NAMES = ("none", "base", "match", "end-to-end", "tokens-din", "tokens-unlabelled")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.mark.parametrize("name", ["none", "base", "match", "end-to-end"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ranker", RANKERS)
 def test_pieces_of_nothing_change_neither_loss_nor_gradient(
     ranker: str, name: str, data: RankerData
@@ -57,7 +58,7 @@ def on_gpu(data: RankerData) -> RankerData:
 
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("name", ["none", "base", "match", "end-to-end"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ranker", RANKERS)
 def test_captured_steps_give_the_numbers_of_plain_ones(
     ranker: str, name: str, data: RankerData

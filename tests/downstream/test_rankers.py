@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from compressor.nn.attention import gap_buckets
 from downstream.batch import MAIN, HistorySequence, RankerBatch
-from downstream.configs import ARMS, RankerConfig, RankerTraining, arm
+from downstream.configs import ARMS, RankerConfig, RankerTraining, Reader, arm
 from downstream.data import RankerData
 from downstream.inputs import StepBias, strictly_before
 from downstream.interaction import MatchFeatures
@@ -178,7 +179,9 @@ def test_tokens_get_no_gradient_and_never_change(
     torch.testing.assert_close(data.store.token_ND, held, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("arm_name", ["tokens", "end-to-end", "match", "tokens-only"])
+@pytest.mark.parametrize(
+    "arm_name", ["tokens", "end-to-end", "match", "tokens-only", "tokens-din", "tokens-unlabelled"]
+)
 def test_the_branch_reads_what_it_is_for(
     arm_name: str, data: RankerData, batch_of: BatchOf
 ) -> None:
@@ -192,6 +195,53 @@ def test_the_branch_reads_what_it_is_for(
         assert sequence.field_numbers_RLN is not None
         other = sequence._replace(field_numbers_RLN=sequence.field_numbers_RLN + 1)
     assert not torch.allclose(model(batch), model(batch._replace(histories={MAIN: other})))
+
+
+@pytest.mark.parametrize("reader", ["transformer", "din"])
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_past_labels_reach_a_branch_alone_only_where_it_reads_them(
+    has_labels: bool, reader: Reader, data: RankerData, batch_of: BatchOf
+) -> None:
+    config = replace(arm("tokens-only", SMALL), branch_reader=reader, branch_labels=has_labels)
+    model = make_ranker("din", config, data.inputs, data.vocabulary).eval()
+    batch = batch_of(config)
+    turned = with_history(batch, lambda f, value: (value + 1) % 3 if f == "label_RLK" else value)
+    assert torch.equal(model(turned), model(batch)) == (not has_labels)
+
+
+def test_the_hand_made_sequence_beside_an_unlabelled_branch_keeps_its_labels(
+    data: RankerData, batch_of: BatchOf
+) -> None:
+    config = arm("tokens-unlabelled", SMALL)
+    model = make_ranker("din", config, data.inputs, data.vocabulary).eval()
+    batch = batch_of(config)
+    turned = with_history(batch, lambda f, value: (value + 1) % 3 if f == "label_RLK" else value)
+    assert not torch.allclose(model(turned), model(batch))
+
+
+@pytest.mark.parametrize(("arm_name", "is_read"), [("tokens", True), ("tokens-din", False)])
+def test_steps_of_a_branch_read_earlier_ones_unless_din_reads_it(
+    arm_name: str, is_read: bool, data: RankerData, batch_of: BatchOf
+) -> None:
+    torch.manual_seed(0)
+    config = arm(arm_name, SMALL)
+    model = make_ranker("din", config, data.inputs, data.vocabulary).eval()
+    for parameter in model.parameters():  # causal layers start as identity
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    batch = batch_of(config)
+    is_other_L = torch.arange(batch.histories[MAIN].mask_RL.shape[1]) != 2
+
+    def moved(field: str, value: Any) -> Any:
+        return value + 3.0 * ~is_other_L[:, None] if field == "token_RLD" else value
+
+    def of_steps(batch: RankerBatch) -> Tensor:
+        key = model.encode_request(batch).branch.keys_values[1]
+        return key if key.dim() == 3 else key.transpose(1, 2).flatten(2)
+
+    before_RLX, after_RLX = of_steps(batch), of_steps(with_history(batch, moved))
+    assert not torch.equal(before_RLX[:, ~is_other_L], after_RLX[:, ~is_other_L])
+    is_moved = not torch.equal(before_RLX[:, is_other_L], after_RLX[:, is_other_L])
+    assert is_moved == is_read
 
 
 @pytest.mark.parametrize("arm_name", ["base", "tokens", "end-to-end"])
@@ -336,6 +386,9 @@ def test_weights_depend_on_the_seed_alone(data: RankerData) -> None:
         ({"num_tokens": 4}, "at least 6"),
         ({"item_tokens": True}, "needs branch"),
         ({"branch": "token"}, "must be none, tokens or fields"),
+        ({"branch": "tokens", "branch_reader": "gru"}, "must be transformer or din"),
+        ({"branch_reader": "din"}, "need a branch"),
+        ({"branch_labels": False}, "need a branch"),
     ],
 )
 def test_a_config_refuses_nonsense(wrong: dict[str, Any], message: str) -> None:

@@ -14,10 +14,11 @@ import pytest
 
 from compressor.configs import SourceConfig, TrainingConfig
 from downstream.configs import RankerConfig, RankerTraining
-from jobs import full_comparison, prepared
-from jobs.comparison import Arm
+from jobs import cli, compare, full_comparison, prepared
+from jobs.compare import Args
+from jobs.comparison import FULL_ARMS, VARIANT_ARMS, Arm
 from jobs.full_comparison import Crew, Plan, Results, Task, Workspace
-from pipelines import tables
+from pipelines import delta, tables
 from pipelines.domain import Domain, parse
 from pipelines.errors import InputError
 
@@ -142,6 +143,51 @@ def test_a_frozen_comparison_reports_the_test_days_alone(tmp_path: Path) -> None
     held = prepared.opened(Results(tmp_path).path(Task("arm", "base", 0)))
     days = workspace.samples().samples.as_of_us[held["sample"]] // DAY_US
     assert days.min() >= workspace.border(full_comparison.FROZEN_TEST)
+
+
+@pytest.mark.parametrize("protocol", ["frozen", "streaming"])
+def test_every_variant_of_the_user_order_arm_has_an_interval(protocol: str, tmp_path: Path) -> None:
+    plan = plan_of(protocol=protocol, seeds=(0,), arms=(*ARMS[:1], *VARIANT_ARMS))
+    full_comparison.prepare(plan, stream_rows(plan.domain), tmp_path / "data")
+    workspace = Workspace(plan, tmp_path)
+    for task in [task for tasks in full_comparison.tasks_of(plan) for task in tasks]:
+        workspace.run(task)
+    report = full_comparison.report_of(plan, tmp_path)
+    assert report["missing"] == []
+    for rows in report["windows"].values():
+        assert [row["name"] for row in rows] == ["base", *(arm.name for arm in VARIANT_ARMS)]
+        for row in rows[1:]:
+            assert row["diff_low"] <= row["diff_auc"] <= row["diff_high"]
+            assert row["diff_low"] < row["diff_high"]
+    # The two lines are of one training and differ in what they store.
+    user, post_sit = sorted(report["lines"], key=lambda line: line["line"])
+    assert user["source_auc"] == post_sit["source_auc"]
+    tokens = [
+        prepared.line(prepared.opened(Results(tmp_path).path(Task("line", name, 0)))).token
+        for name in ("user", "user-post-sit")
+    ]
+    assert (tokens[0] != tokens[1]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("variants", [True, False])
+def test_a_plan_lists_the_variants_where_they_are_asked_for(variants: bool, tmp_path: Path) -> None:
+    asked = Args(domain="tiny", lake="lake", out=tmp_path, device="cpu", variants=variants)
+    names = [arm.name for arm in compare.plan_of(asked, tiny()).arms]
+    usual = [arm.name for arm in FULL_ARMS]
+    assert names == usual + [arm.name for arm in VARIANT_ARMS] * variants
+
+
+def test_a_dry_run_names_the_variants_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "load_domain", lambda name: tiny())
+    lake, domain = str(tmp_path / "lake"), tiny()
+    delta.replace(lake, tables.user_order(domain), stream_rows(domain), None, commit={})
+    flags = ["--domain", "tiny", "--lake", lake, "--out", str(tmp_path / "out")]
+    assert cli.run(["compare", *flags, "--variants", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(arm.name in printed for arm in VARIANT_ARMS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_at_its_limit_reports_what_is_there(tmp_path: Path) -> None:
