@@ -49,37 +49,57 @@ class Arm:
     """An arm of downstream.configs."""
     line: str = ""
     is_shuffled: bool = False
+    beside: tuple[str, ...] = ()
+    """Arms, other than the base, from which its difference is told."""
 
 
 BASE = "base"
+USER, USER_ITEM = "+ user-order tokens", "+ user-order and item tokens"
+UNTRAINED, UNTRAINED_ITEM = "+ untrained tokens", "+ untrained and item tokens"
 QUICK_ARMS = (
     Arm(name="no history", parts="none"),
     Arm(name=BASE, parts="base"),
     Arm(name="+ all logged fields, end to end", parts="end-to-end"),
-    Arm(name="+ temporal-order tokens", parts="tokens", line="temporal"),
-    Arm(name="+ user-order tokens", parts="tokens", line="user"),
-    Arm(name="+ user-order and item tokens", parts="match", line="user"),
-    Arm(name="+ untrained tokens", parts="tokens", line="untrained"),
-    Arm(name="+ untrained and item tokens", parts="match", line="untrained"),
+    Arm(name="+ temporal-order tokens", parts="tokens", line="temporal", beside=(UNTRAINED,)),
+    Arm(
+        name=USER,
+        parts="tokens",
+        line="user",
+        beside=("+ temporal-order tokens", UNTRAINED),
+    ),
+    Arm(name=USER_ITEM, parts="match", line="user", beside=(UNTRAINED_ITEM,)),
+    Arm(name=UNTRAINED, parts="tokens", line="untrained"),
+    Arm(name=UNTRAINED_ITEM, parts="match", line="untrained"),
 )
 FULL_ARMS = (
     *QUICK_ARMS,
-    Arm(name="+ user-order tokens, shuffled", parts="tokens", line="user", is_shuffled=True),
-    Arm(name="+ temporal-order and item tokens", parts="match", line="temporal"),
+    Arm(name=f"{USER}, shuffled", parts="tokens", line="user", is_shuffled=True, beside=(USER,)),
+    Arm(
+        name="+ temporal-order and item tokens",
+        parts="match",
+        line="temporal",
+        beside=(UNTRAINED_ITEM,),
+    ),
     Arm(name="user-order tokens only", parts="tokens-only", line="user"),
 )
 ALL_USERS_ARMS = (
-    Arm(name="+ user-order tokens, all users", parts="tokens", line="user-all"),
-    Arm(name="+ user-order and item tokens, all users", parts="match", line="user-all"),
-    Arm(name="+ untrained and item tokens, all users", parts="match", line="untrained-all"),
+    Arm(name=f"{USER}, all users", parts="tokens", line="user-all", beside=(USER,)),
+    Arm(
+        name=f"{USER_ITEM}, all users",
+        parts="match",
+        line="user-all",
+        beside=(USER_ITEM, f"{UNTRAINED_ITEM}, all users"),
+    ),
+    Arm(name=f"{UNTRAINED_ITEM}, all users", parts="match", line="untrained-all"),
 )
 VARIANT_ARMS = (
-    Arm(name="+ user-order tokens, stored after SIT", parts="tokens", line="user-post-sit"),
-    Arm(name="+ user-order tokens, read by DIN", parts="tokens-din", line="user"),
+    Arm(name=f"{USER}, stored after SIT", parts="tokens", line="user-post-sit", beside=(USER,)),
+    Arm(name=f"{USER}, read by DIN", parts="tokens-din", line="user", beside=(USER,)),
     Arm(
-        name="+ user-order tokens, no past labels in the branch",
+        name=f"{USER}, no past labels in the branch",
         parts="tokens-unlabelled",
         line="user",
+        beside=(USER,),
     ),
 )
 """What papers/iat 1.12 orders beside "+ user-order tokens": the same, with one choice of the design
@@ -290,9 +310,9 @@ class WindowScores:
     """[seeds, rows] by arm."""
     arms: Mapping[str, Sequence[Predictions]]
 
-    def beside_base(self, name: str) -> WindowScores:
-        """One arm and the base: what the arm's row is made of."""
-        kept = [n for n in (name, BASE) if n in self.scores]
+    def of(self, arm: Arm) -> WindowScores:
+        """What the arm's row is made of: the arm, the base and the arms that it stands beside."""
+        kept = [n for n in (arm.name, BASE, *arm.beside) if n in self.scores]
         arms = {n: [replace(p, sample=_NONE, score=_NONE) for p in self.arms[n]] for n in kept}
         return WindowScores(self.user, self.label, {n: self.scores[n] for n in kept}, arms)
 
@@ -320,9 +340,11 @@ SHORT = {"log_loss": "logloss", "normalised_entropy": "ne"}
 DIFFERENCES = {"auc": "diff_auc", "gauc": "diff_gauc", "log_loss": "diff_logloss"}
 
 
-def arm_row(name: str, held: WindowScores, *, bootstraps: int = 200) -> dict[str, Any]:
+def arm_row(
+    name: str, held: WindowScores, *, beside: Sequence[str] = (), bootstraps: int = 200
+) -> dict[str, Any]:
     """An arm's metrics with intervals over users (mean over seeds), and its differences to the base
-    over users and the seeds that both have."""
+    over users and the seeds that both have; under "beside", AUC differences to other arms."""
     user, label, found = held.user, held.label, held.arms[name]
     row: dict[str, Any] = {"name": name, "num_rows": len(label), "num_seeds": len(found)}
     by_seed = [
@@ -333,21 +355,44 @@ def arm_row(name: str, held: WindowScores, *, bootstraps: int = 200) -> dict[str
         key = SHORT.get(metric, metric)
         value, low, high = np.mean([drawn[metric] for drawn in by_seed], axis=0)
         row |= {key: float(value), f"{key}_low": float(low), f"{key}_high": float(high)}
-    base = [p.seed for p in held.arms.get(BASE, ())]
-    paired = [p.seed for p in found if p.seed in base]
-    if name != BASE and paired:
-        ours = held.scores[name][[p.seed in paired for p in found]]
-        theirs = held.scores[BASE][[base.index(seed) for seed in paired]]
+    if name != BASE and _paired_seeds(held, name, BASE):
+        row["paired_seeds"] = _paired_seeds(held, name, BASE)
         for metric, key in DIFFERENCES.items():
-            value, low, high = metrics.paired_difference(
-                user, label, ours, theirs, metric, num=bootstraps
-            )
+            value, low, high = _difference(held, name, BASE, metric, bootstraps)
             short = "diff" if metric == "auc" else key
             row |= {key: value, f"{short}_low": low, f"{short}_high": high}
-        row["paired_seeds"] = paired
+    others = [other for other in beside if _paired_seeds(held, name, other)]
+    if others:
+        row["beside"] = {
+            other: dict(
+                zip(
+                    ("diff_auc", "diff_low", "diff_high"),
+                    _difference(held, name, other, "auc", bootstraps),
+                    strict=True,
+                )
+            )
+            for other in others
+        }
     row["seconds"] = float(np.mean([p.seconds for p in found]))
     row["trained_rows"] = int(np.mean([p.num_rows for p in found]))
     return row
+
+
+def _paired_seeds(held: WindowScores, name: str, other: str) -> list[int]:
+    theirs = [p.seed for p in held.arms.get(other, ())]
+    return [p.seed for p in held.arms[name] if p.seed in theirs]
+
+
+def _difference(
+    held: WindowScores, name: str, other: str, metric: str, bootstraps: int
+) -> metrics.Interval:
+    """One arm less another, over users and the seeds that both have."""
+    paired = _paired_seeds(held, name, other)
+    ours, theirs = (
+        held.scores[n][[[p.seed for p in held.arms[n]].index(seed) for seed in paired]]
+        for n in (name, other)
+    )
+    return metrics.paired_difference(held.user, held.label, ours, theirs, metric, num=bootstraps)
 
 
 def summarise(

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -475,7 +475,7 @@ def report_of(
     for name, shares in plan.windows.items():
         inside = comparison.window(scored, scored.days, *shares)
         held = comparison.on_window(found, scored, inside)
-        wanted += [(name, arm, held.beside_base(arm), bootstraps) for arm in found]
+        wanted += [(name, a, held.of(a), bootstraps) for a in plan.arms if a.name in found]
     if len(scored) < SMALL:
         rows = list(map(_row, wanted))
     else:
@@ -488,9 +488,9 @@ def report_of(
     return report
 
 
-def _row(wanted: tuple[str, str, comparison.WindowScores, int]) -> dict[str, Any]:
-    _, name, held, bootstraps = wanted
-    return comparison.arm_row(name, held, bootstraps=bootstraps)
+def _row(wanted: tuple[str, Arm, comparison.WindowScores, int]) -> dict[str, Any]:
+    _, of, held, bootstraps = wanted
+    return comparison.arm_row(of.name, held, beside=of.beside, bootstraps=bootstraps)
 
 
 def print_windows(report: dict[str, Any]) -> str:
@@ -508,12 +508,7 @@ def print_windows(report: dict[str, Any]) -> str:
     for name, rows in report["windows"].items():
         out.append(f"{name}: {rows[0]['num_rows'] if rows else 'no'} rows")
         for row in rows:
-            diff = (
-                f"{1e3 * row['diff_auc']:+6.2f} [{1e3 * row['diff_low']:+.2f}, "
-                f"{1e3 * row['diff_high']:+.2f}]"
-                if "diff_auc" in row
-                else ""
-            )
+            diff = _thousandths(row) if "diff_auc" in row else ""
             gauc = f"{1e3 * row['diff_gauc']:+6.2f}" if "diff_gauc" in row else ""
             loss = f"{1e3 * row['diff_logloss']:+6.2f}" if "diff_logloss" in row else ""
             out.append(
@@ -521,4 +516,11 @@ def print_windows(report: dict[str, Any]) -> str:
                 f"{row['auc_high']:.4f}]  d1e-3 {diff:26s} GAUC {row['gauc']:.4f} {gauc} LL "
                 f"{row['logloss']:.4f} {loss} {row['seconds']:.0f}s"
             )
+            for other, found in row.get("beside", {}).items():
+                out.append(f"    over {other}: {_thousandths(found)}")
     return "\n".join(out)
+
+
+def _thousandths(row: Mapping[str, float]) -> str:
+    value, low, high = (1e3 * row[name] for name in ("diff_auc", "diff_low", "diff_high"))
+    return f"{value:+6.2f} [{low:+.2f}, {high:+.2f}]"

@@ -28,7 +28,12 @@ CREW = Crew(line_processes=0, arm_processes=1)
 ARMS = (
     Arm(name="base", parts="base"),
     Arm(name="+ user-order and item tokens", parts="match", line="user"),
-    Arm(name="+ untrained tokens, all users", parts="tokens", line="untrained-all"),
+    Arm(
+        name="+ untrained tokens, all users",
+        parts="tokens",
+        line="untrained-all",
+        beside=("+ user-order and item tokens", "an arm that is not there"),
+    ),
 )
 
 
@@ -139,7 +144,13 @@ def test_a_frozen_comparison_reports_the_test_days_alone(tmp_path: Path) -> None
         workspace.run(task)
     report = full_comparison.report_of(plan, tmp_path)
     assert report["missing"] == []
-    assert [len(rows) for rows in report["windows"].values()] == [len(ARMS)]
+    ((base, items, untrained),) = report["windows"].values()
+    assert "beside" not in base | items
+    # With one seed an AUC's difference is that of the two AUCs.
+    (found,) = untrained["beside"].values()
+    assert found["diff_auc"] == pytest.approx(untrained["auc"] - items["auc"])
+    assert found["diff_low"] <= found["diff_auc"] <= found["diff_high"]
+    assert f"    over {items['name']}: " in full_comparison.print_windows(report | {"seconds": 1})
     held = prepared.opened(Results(tmp_path).path(Task("arm", "base", 0)))
     days = workspace.samples().samples.as_of_us[held["sample"]] // DAY_US
     assert days.min() >= workspace.border(full_comparison.FROZEN_TEST)
