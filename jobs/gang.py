@@ -1,7 +1,8 @@
 """Worker processes that take tasks: several threads each, on the GPUs there are or on the CPU.
 
 A worker that dies, as one does whose GPU reports an error, is started again with half the threads,
-and what it was at is done again by whoever is free.
+and what it was at is done again by whoever is free. Where a GPU's memory is too small for all that
+work on it, one of them is given up, or half of its threads, and the others go on.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MAX_RESTARTS = 4
 """Of the workers of one gang together."""
 MAX_TRIES = 3
 """Of one task."""
+NO_MEMORY = "torch.OutOfMemoryError"
 BROKEN_GPU = 3
 """Exit code of a worker whose GPU does nothing any more for this process."""
 
@@ -114,6 +116,8 @@ class Gang:
         by_receiver = {worker.receiver: worker for worker in self.workers}
         for receiver in wait(list(by_receiver), timeout_s):
             worker = by_receiver[receiver]  # type: ignore[index]
+            if worker not in self.workers:  # given up a moment ago
+                continue
             try:
                 task, error = worker.receiver.recv()
             except (EOFError, OSError):
@@ -121,6 +125,9 @@ class Gang:
             else:
                 worker.running.remove(task)
                 over = [News(task, error)]
+                if error and NO_MEMORY in error and self._make_room(worker, waiting):
+                    waiting.insert(0, task)
+                    continue
             for item in over:
                 tries = self._tries[item.task] = self._tries.get(item.task, 0) + 1
                 if item.error is None or tries >= MAX_TRIES:
@@ -129,6 +136,25 @@ class Gang:
                     log.warning("%s is tried again: %s", item.task, item.error.splitlines()[-1])
                     waiting.insert(0, item.task)
         return found
+
+    def _make_room(self, worker: Worker, waiting: list[Task]) -> bool:
+        """Give up a worker of this one's GPU, itself if others take its kinds of task, or half of
+        its threads; False if nothing is left to give up."""
+        beside = [other for other in self.workers if other.gpu == worker.gpu]
+        spare = [w for w in beside if sum(w.kinds == other.kinds for other in beside) > 1]
+        shared = [w for w in beside if w.threads > 1]
+        found = [w for w in (*spare, *shared) if w is worker] or spare or shared
+        if not found:
+            return False
+        given_up = found[0]
+        given_up.process.terminate()
+        given_up.process.join()
+        self.workers.remove(given_up)
+        waiting[:0] = given_up.running
+        log.warning("GPU %s has too little memory: fewer at once", given_up.gpu)
+        if given_up not in spare:
+            self.start(given_up.gpu, given_up.kinds, given_up.threads // 2)
+        return True
 
     def _replace(self, worker: Worker) -> list[News]:
         worker.process.join()

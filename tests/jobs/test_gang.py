@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from jobs.gang import MAX_TRIES, Gang, News, Runner, Task
 
@@ -48,3 +51,58 @@ def test_what_fails_or_ends_its_worker_is_tried_again(tmp_path: Path) -> None:
     assert "ValueError: fails" in str(error["fails"])
     assert len((tmp_path / "fails").read_text().split()) == MAX_TRIES
     assert threads == [1, 1]
+
+
+def crowded(folder: Path) -> Runner:
+    """Memory for two at once; who comes later fails."""
+
+    def run(task: Task) -> None:
+        mine = folder / f"{task.name}.{os.getpid()}.{threading.get_ident()}"
+        mine.touch()
+        try:
+            if len(list(folder.glob("*.*"))) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            time.sleep(0.2)
+        finally:
+            mine.unlink()
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("workers", "threads"), [(4, 1), (1, 4)])
+def test_where_memory_is_too_small_fewer_go_on(workers: int, threads: int, tmp_path: Path) -> None:
+    waiting = [Task("arm", str(number), 0) for number in range(12)]
+    gang = Gang(crowded, (tmp_path,))
+    news: list[News] = []
+    try:
+        for _ in range(workers):
+            gang.start(None, ("arm",), threads)
+        while waiting or gang.num_running:
+            gang.give(waiting)
+            news += gang.news(1.0, waiting)
+            for path in tmp_path.glob("*.*"):  # of a worker that was ended
+                if not Path(f"/proc/{path.name.split('.')[1]}").exists():
+                    path.unlink(missing_ok=True)
+        left = [worker.threads for worker in gang.workers]
+    finally:
+        gang.end()
+    assert sorted(int(item.task.name) for item in news) == list(range(12))
+    assert [item.error for item in news] == [None] * 12
+    assert 1 <= sum(left) < 4
+
+
+def test_memory_too_small_for_one_alone_is_an_error(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"held.{os.getpid()}.{number}").touch()
+    waiting = [Task("arm", "0", 0)]
+    gang = Gang(crowded, (tmp_path,))
+    news: list[News] = []
+    try:
+        gang.start(None, ("arm",), 1)
+        while waiting or gang.num_running:
+            gang.give(waiting)
+            news += gang.news(1.0, waiting)
+    finally:
+        gang.end()
+    assert "out of memory" in str(news[0].error)
