@@ -11,7 +11,7 @@ of the longest unit, D width, H heads.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,16 @@ from compressor.nn.attention import NUM_GAP_BUCKETS, gap_buckets
 NUM_RANK_BUCKETS = 12
 BLOCK = 64
 """Rows of a unit that the plain path attends for together."""
+SHORT = 128
+"""Token rows of a unit up to which units are padded to one length."""
+
+
+class View(Protocol):
+    """Who sees whom among packed rows, computed once for all layers."""
+
+    def attend(self, qkv_PX: Tensor, layer: SitLayer) -> Tensor:
+        """read_PD."""
+        ...
 
 
 class SourceInstanceTransformer(nn.Module):
@@ -32,8 +42,7 @@ class SourceInstanceTransformer(nn.Module):
         self.layers = nn.ModuleList(SitLayer(width, num_heads) for _ in range(num_layers))
 
     def forward(self, x_PD: Tensor, packing: Packing, *, is_fast: bool | None = None) -> Tensor:
-        use_flex = bool(is_fast)
-        view: _PaddedView | _FlexView = _FlexView(packing) if use_flex else _PaddedView(packing)
+        view: View = _FlexView(packing) if is_fast else _padded_view(packing)
         for layer in self.layers:
             x_PD = layer(x_PD, view)
         return x_PD
@@ -58,7 +67,7 @@ class SitLayer(nn.Module):
         """[gap buckets x rank buckets, H] learned score biases."""
         return (self.gap_bias[:, None] + self.rank_bias[None]).flatten(0, 1)
 
-    def forward(self, x_PD: Tensor, view: _PaddedView | _FlexView) -> Tensor:
+    def forward(self, x_PD: Tensor, view: View) -> Tensor:
         x_PD = x_PD + self.out(view.attend(self.query_key_value(self.norm(x_PD)), self))
         return x_PD + self.feed_forward(x_PD)
 
@@ -67,6 +76,48 @@ def rank_buckets(rank_gap: Tensor) -> Tensor:
     """Tokens between two rows -> 0 .. 11 by log2."""
     return (
         torch.log2(1 + rank_gap.clamp(min=0).float()).floor().clamp(max=NUM_RANK_BUCKETS - 1).long()
+    )
+
+
+def _padded_view(packing: Packing) -> View:
+    """The plain path; units of unlike lengths apart (by factors of two), for padding costs memory
+    and time with every key."""
+    tokens_U = torch.bincount(packing.unit[: packing.num_tokens], minlength=packing.num_units)
+    group_U = torch.log2(tokens_U.clamp(min=SHORT) / SHORT).ceil().long()
+    groups = torch.unique(group_U).tolist()
+    if len(groups) < 2:
+        return _PaddedView(packing)
+    return _GroupedView(packing, group_U, groups)
+
+
+class _GroupedView:
+    """Some padded views, each of other units."""
+
+    def __init__(self, packing: Packing, group_U: Tensor, groups: list[int]) -> None:
+        group_P = group_U[packing.unit]
+        self.rows = [(group_P == group).nonzero().squeeze(1) for group in groups]
+        self.back = torch.argsort(torch.cat(self.rows))
+        self.views = [_PaddedView(_of(packing, rows)) for rows in self.rows]
+
+    def attend(self, qkv_PX: Tensor, layer: SitLayer) -> Tensor:
+        found = [
+            view.attend(qkv_PX[rows], layer)
+            for rows, view in zip(self.rows, self.views, strict=True)
+        ]
+        return torch.cat(found)[self.back]
+
+
+def _of(packing: Packing, rows: Tensor) -> Packing:
+    """The packing of some units' rows alone."""
+    units, unit = torch.unique(packing.unit[rows], return_inverse=True)
+    return Packing(
+        unit,
+        packing.time[rows],
+        packing.rank[rows],
+        packing.slot[rows],
+        int((rows < packing.num_tokens).sum()),
+        len(units),
+        packing.max_length,
     )
 
 
