@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
@@ -189,6 +189,7 @@ def _work(
     """A worker process: threads that take tasks as long as it lives."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     run, sending = make_runner(*given), threading.Lock()
 
     def take() -> None:
@@ -211,6 +212,14 @@ def _work(
         taker.start()
     for taker in takers:
         taker.join()
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot end its workers; they must not go on without it."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,18 @@ def runner(folder: Path) -> Runner:
 
 @pytest.mark.slow
 def test_what_fails_or_ends_its_worker_is_tried_again(tmp_path: Path) -> None:
-    names = ("fine", "ends once", "fails once", "fails")
-    waiting = [Task("arm", name, 0) for name in names]
+    names = ("ends once", "fine", "fails once", "fails")
     gang = Gang(runner, (tmp_path,))
     news: list[News] = []
     try:
         gang.start(None, ("line",), 1)
         gang.start(None, ("arm",), 2)
-        while waiting or gang.num_running:
-            gang.give(waiting)
-            news += gang.news(1.0, waiting)
+        # What runs beside a death has lost a try by it: nothing does here.
+        for together in (names[:1], names[1:]):
+            waiting = [Task("arm", name, 0) for name in together]
+            while waiting or gang.num_running:
+                gang.give(waiting)
+                news += gang.news(1.0, waiting)
         threads = [worker.threads for worker in gang.workers]
     finally:
         gang.end()
@@ -106,3 +109,34 @@ def test_memory_too_small_for_one_alone_is_an_error(tmp_path: Path) -> None:
     finally:
         gang.end()
     assert "out of memory" in str(news[0].error)
+
+
+def endless(folder: Path) -> Runner:
+    (folder / str(os.getpid())).touch()
+
+    def run(task: Task) -> None:
+        time.sleep(600)
+
+    return run
+
+
+def hold(folder: Path) -> None:
+    gang = Gang(endless, (folder,))
+    gang.start(None, ("arm",), 1)
+    gang.give([Task("arm", "0", 0)])
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    parent = get_context("spawn").Process(target=hold, args=(tmp_path,))
+    parent.start()
+    until = time.monotonic() + 60
+    while not (started := list(tmp_path.iterdir())) and time.monotonic() < until:
+        time.sleep(0.1)
+    (worker,) = started
+    parent.kill()
+    parent.join()
+    while Path(f"/proc/{worker.name}").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{worker.name}").exists()
