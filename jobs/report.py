@@ -7,7 +7,8 @@ A report is a dict, the one that `--json` writes. Every key may be missing; what
     settings               {name: value or {name: value}}: rows, households, machine, versions
     arms                   [{name, auc, auc_low, auc_high, gauc, logloss, ne, diff_auc, diff_low,
                              diff_high, seconds, bytes_per_instance, weekly: [{start, auc}]}]
-                           differences are over the arm called "base", in AUC (0.001, not 1.0)
+                           differences are over the arm called "base", in AUC (0.001, not 1.0);
+                           beside: {other arm: {diff_auc, diff_low, diff_high}}
     windows                {name: arms}: the same comparison on other days, as tables
     tokens                 {norms: [{month, p5, p50, p95}], drift: [{month, cosine}],
                             coverage: [{month, share}]}
@@ -31,6 +32,7 @@ from jobs.report_table import (
     arms_of,
     base_name,
     decimal,
+    difference,
     finding,
     print_table,
 )
@@ -119,15 +121,28 @@ def _comparison(report: Row) -> str:
         "a line above zero beats the base in those weeks.",
     )
     others = "".join(
-        f"<h3>{escape(name)}</h3>{_arms_table(found)}"
+        f"<h3>{escape(name)}</h3>{_arms_table(found)}{_beside_table(found)}"
         for name, found in (report.get("windows") or {}).items()
     )
-    return _section("Comparison", f'{table}{note}{others}<div class="cards">{figures}</div>')
+    return _section(
+        "Comparison",
+        f'{table}{note}{_beside_table(arms)}{others}<div class="cards">{figures}</div>',
+    )
 
 
 def _arms_table(arms: Sequence[Row]) -> str:
     rows = [[show(arm) for _, show in COLUMNS] for arm in arms]
     return _table([name for name, _ in COLUMNS], rows, signs=[_sign(arm) for arm in arms])
+
+
+def _beside_table(arms: Sequence[Row]) -> str:
+    """Arms beside other arms than the base; nothing where a run has none."""
+    found = [
+        (a["name"], other, diff) for a in arms for other, diff in (a.get("beside") or {}).items()
+    ]
+    rows = [[name, other, difference(diff)] for name, other, diff in found]
+    signs = [_sign(diff) for _, _, diff in found]
+    return _table(["arm", "less", "1e-3"], rows, signs=signs) if found else ""
 
 
 def _tokens(report: Row) -> str:

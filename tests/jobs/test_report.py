@@ -200,3 +200,15 @@ def test_labels_of_lines_never_overlap_and_keep_their_order() -> None:
     assert (np.argsort(places) == np.argsort(wanted, kind="stable")).all()
     assert places.min() >= 0
     assert places.max() <= 1 + 1e-9
+
+
+def test_arms_stand_beside_each_other_where_a_run_compared_them() -> None:
+    report = sample_report()
+    assert '<th scope="col">less</th>' not in html(report)
+    found = {"diff_auc": 0.00146, "diff_low": 0.0002, "diff_high": 0.0028}
+    report["arms"][4]["beside"] = {"+ untrained <tokens>": found}
+    page = html(report)
+    assert (
+        '<th scope="row">+ user-order tokens</th><td>+ untrained &lt;tokens&gt;</td>'
+        '<td class="good">+1.46 [+0.20, +2.80]</td>'
+    ) in page
