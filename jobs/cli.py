@@ -42,6 +42,11 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.build_samples",
         "instances -> ranker samples, pointers into histories",
     ),
+    "status": ("jobs.status", "a calendar of days: right, missing, stale; quarantined share"),
+    "backfill": (
+        "jobs.backfill",
+        "find missing and stale days, say what would be written, write it",
+    ),
     "train-compressor": (
         "jobs.train_compressor",
         "train a source model; streaming: walk the days and write their tokens",
@@ -83,6 +88,9 @@ JSON_KEYS: Mapping[str, str] = {
     "sampled, empty_days, version",
     "build-streams": "domain, days, input_versions, rows (by table)",
     "build-samples": "domain, days, input_versions, rows, sampled",
+    "status": "domain, days, tables (by group: right, again (reason by day)), quarantined (by day)",
+    "backfill": "domain, days, steps (days, why), without_instances, estimate (rows, bytes, "
+    "seconds), failed (by days)",
     "train-compressor": "line, version, days, rows, tokens, width, source_auc (streaming) or loss "
     "(frozen)",
     "write-tokens": "line, version, days, width, tokens",

@@ -88,11 +88,21 @@ def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, 
     return {
         "job": run.job,
         "run": run.run,
-        "code": metadata.version("instance-as-token"),
+        "code": code_version(),
         "domain": domain.name,
-        "config": hashlib.sha256(repr(domain).encode()).hexdigest()[:16],
+        "config": config_of(domain),
         "inputs": json.dumps(dict(inputs), sort_keys=True, default=str),
     }
+
+
+def code_version() -> str:
+    """The toolkit's version."""
+    return metadata.version("instance-as-token")
+
+
+def config_of(domain: Domain) -> str:
+    """What tells one state of a domain file from another."""
+    return hashlib.sha256(repr(domain).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:

@@ -68,6 +68,8 @@ EVERYWHERE = {
     "spark.hadoop.parquet.block.row.count.limit": "32768",
     # The default of 50 tasks for every look at a table's log suits tables of a million files.
     "spark.databricks.delta.snapshotPartitions": "2",
+    # A day that is replaced by nothing has been written too, and its commit says by whom.
+    "spark.databricks.delta.skipRecordingEmptyCommits": "false",
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }
@@ -163,7 +165,7 @@ class SparkTables:
             arranged.write.format("delta")
             .mode("overwrite")
             .option("replaceWhere", _predicate(days, line))
-            .option("userMetadata", json.dumps(dict(commit), sort_keys=True))
+            .option("userMetadata", json.dumps(delta.with_days(commit, days), sort_keys=True))
             .option("maxRecordsPerFile", ROWS_PER_FILE)
         )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, timedelta
 from typing import Any
 
@@ -45,10 +45,13 @@ def days_of(
     """The days asked for, within a table's own (None: its first, its last), and its version.
 
     From the partitions alone. A day without rows between the first and the last is a day like any
-    other; InputError where the range lies outside them.
+    other, and so is one that a commit has emptied; InputError where the range lies outside them.
     """
     opened = open_table(lake, table)
     found = sorted(date.fromisoformat(str(p["event_date"])) for p in opened.partitions())
+    if start is not None and end is not None and start < end:
+        emptied = {day for _, commit in commits(opened) for day in days_told(commit)}
+        found = sorted({*found, *(day for day in Days(start, end) if day in emptied)})
     if not found:
         raise InputError(f"{table.name} is empty; run the job that writes it first")
     first, last = start or found[0], end or found[-1] + timedelta(days=1)
@@ -58,6 +61,29 @@ def days_of(
             f"{found[-1]} (--end is the day after the last); build those days first"
         )
     return Days(first, last), opened.version()
+
+
+def commits(opened: DeltaTable) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """(version, what it says of itself), newest first; commits that are not ours are left out."""
+    for action in opened.history():
+        said = action.get("userMetadata") or action.get("iat")
+        if said:
+            yield int(action["version"]), json.loads(said)
+
+
+def days_told(commit: Mapping[str, str]) -> Days:
+    """The days that a commit replaced; none where it does not say."""
+    if "start" not in commit:
+        return Days(date.min, date.min)
+    return Days(*(date.fromisoformat(commit[key]) for key in ("start", "end")))
+
+
+def with_days(commit: Mapping[str, str], days: Days | None) -> dict[str, str]:
+    """A commit's metadata with the days that it replaces, by which each day's last commit is
+    found."""
+    if days is None:
+        return dict(commit)
+    return {**commit, "start": str(days.start), "end": str(days.end)}
 
 
 def num_rows(lake: str, table: Table, days: Days, *, version: int | None = None) -> dict[date, int]:
@@ -123,7 +149,8 @@ def replace(
     ordered = rows.select(table.schema.names).cast(table.schema)
     if table.sort_by:
         ordered = ordered.sort_by([(c, "ascending") for c in (*table.partition_by, *table.sort_by)])
-    properties = CommitProperties(custom_metadata={"iat": json.dumps(dict(commit), sort_keys=True)})
+    said = json.dumps(with_days(commit, days), sort_keys=True)
+    properties = CommitProperties(custom_metadata={"iat": said})
     for attempt in range(MAX_TRIES):
         try:
             write_deltalake(

@@ -282,7 +282,9 @@ def test_a_commit_says_which_run_wrote_it_from_what(built: Built, shop: Shop) ->
         told = json.loads(commit["userMetadata"])
         assert (told["job"], told["run"]) == (job, runs[job])
         assert json.loads(told["inputs"]) == read
-        assert told.keys() == {"job", "run", "code", "domain", "config", "inputs"}
+        assert (told["start"], told["end"]) == (str(LOG.start), str(LOG.end))
+        of_run = {"job", "run", "code", "domain", "config", "inputs"}
+        assert told.keys() == of_run | {"start", "end"}
 
 
 def test_days_out_of_order_and_twice_give_the_same_tables(

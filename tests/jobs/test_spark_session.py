@@ -169,7 +169,8 @@ def test_a_row_without_a_day_is_refused(spark: SparkSession, tables: SparkTables
 def test_the_commit_says_who_wrote_it(spark: SparkSession, tables: SparkTables, lake: str) -> None:
     version = tables.replace(VIEWS, views(spark, num_days=1), day(0), commit=JOB)
     commit = DeltaTable(f"{lake}/{VIEWS.name}").history(1)[0]
-    assert json.loads(commit["userMetadata"]) == JOB
+    days = {"start": str(day(0).start), "end": str(day(0).end)}
+    assert json.loads(commit["userMetadata"]) == JOB | days
     assert commit["version"] == version
 
 

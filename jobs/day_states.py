@@ -1,0 +1,81 @@
+"""Which days of a domain's built tables are right, missing or stale, by what one job writes
+together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import date, timedelta
+from typing import Literal, NamedTuple
+
+import pyarrow as pa
+
+from jobs import ledger
+from pipelines import delta, tables
+from pipelines.days import Days
+from pipelines.domain import Domain
+from pipelines.errors import InputError
+from pipelines.tables import Table
+from pipelines.written import Expected, Written, last_written, why_again
+
+Group = Literal["instances", "streams", "samples"]
+GROUPS: Mapping[Group, tuple[Callable[[Domain], Table], ...]] = {
+    "instances": (tables.instances,),
+    "streams": (tables.temporal_order, tables.user_order, tables.histories),
+    "samples": (tables.ranker_samples,),
+}
+"""Tables that one job writes from one version of the instances, in the order of the jobs."""
+
+States = Mapping[Group, Mapping[date, str | None]]
+"""Why each day has to be written again, None where it is right; by group."""
+
+
+class Size(NamedTuple):
+    """Of a table's day."""
+
+    rows: float
+    bytes: float
+
+
+def states_of(lake: str, domain: Domain, days: Days) -> States:
+    """From the tables' logs alone; a group is as right as the worst of its tables."""
+    expected = Expected(ledger.config_of(domain), ledger.code_version())
+    instances = last_written(lake, tables.instances(domain))
+    found: dict[Group, Mapping[date, str | None]] = {}
+    for group, made in GROUPS.items():
+        upstream = {} if group == "instances" else {tables.instances(domain).name: instances}
+        written = [last_written(lake, make(domain)) for make in made]
+        found[group] = {day: _worst(day, written, expected, upstream) for day in days}
+    return found
+
+
+def _worst(
+    day: date,
+    written: list[dict[date, Written]],
+    expected: Expected,
+    upstream: Mapping[str, Mapping[date, Written]],
+) -> str | None:
+    found = (why_again(day, table, expected, upstream) for table in written)
+    return next((reason for reason in found if reason), None)
+
+
+def asked(lake: str, domain: Domain, start: date | None, end: date | None) -> Days:
+    """The days asked for; None: from the first, to the last that the instances have."""
+    days = sorted(last_written(lake, tables.instances(domain)))
+    if not days and (start is None or end is None):
+        raise InputError(
+            f"the lake {lake} has no instances of {domain.name} whose commits name their days: "
+            "give --start and --end, or build it first (iat build)"
+        )
+    return Days(start or days[0], end or days[-1] + timedelta(days=1))
+
+
+def mean_day(lake: str, table: Table) -> Size | None:
+    """Mean rows and bytes of the days of a table that have any; None without one."""
+    if not delta.exists(lake, table):
+        return None
+    actions = pa.table(delta.open_table(lake, table).get_add_actions(flatten=True)).to_pylist()
+    num_days = len({action["partition.event_date"] for action in actions})
+    if not num_days:
+        return None
+    rows, size = (sum(a[key] for a in actions) for key in ("num_records", "size_bytes"))
+    return Size(rows / num_days, size / num_days)

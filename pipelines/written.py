@@ -1,0 +1,72 @@
+"""What a table's own commits say of each of its days: who wrote it last, from which inputs, and
+whether that is still right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import date
+from typing import Any, NamedTuple
+
+from pipelines import delta
+from pipelines.tables import Table
+
+MISSING = "missing"
+
+
+class Written(NamedTuple):
+    """The commit that last replaced a day."""
+
+    version: int
+    commit: Mapping[str, str]
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """Versions of the tables that were read, by name."""
+        found: dict[str, Any] = json.loads(self.commit.get("inputs", "{}"))
+        return found
+
+
+class Expected(NamedTuple):
+    """What the commit of a day that is right says."""
+
+    config: str
+    code: str
+
+
+def last_written(lake: str, table: Table) -> dict[date, Written]:
+    """The last commit of each day that a commit of ours has replaced, empty days too; read from the
+    table's log alone."""
+    found: dict[date, Written] = {}
+    if not delta.exists(lake, table):
+        return found
+    for version, commit in delta.commits(delta.open_table(lake, table)):
+        for day in delta.days_told(commit):
+            found.setdefault(day, Written(version, commit))
+    return found
+
+
+def why_again(
+    day: date,
+    table: Mapping[date, Written],
+    expected: Expected,
+    upstream: Mapping[str, Mapping[date, Written]],
+) -> str | None:
+    """Why a day of a table has to be written (again); None if it is right.
+
+    Args:
+        table: the last commits of its days.
+        upstream: those of the tables that it is made of, by name.
+    """
+    last = table.get(day)
+    if last is None:
+        return MISSING
+    if last.commit.get("config") != expected.config:
+        return "domain file changed"
+    if last.commit.get("code") != expected.code:
+        return f"code changed from {last.commit.get('code')} to {expected.code}"
+    for name, days in upstream.items():
+        newer = days.get(day)
+        if newer is not None and newer.version > int(last.inputs.get(name, -1)):
+            return f"{name} rewritten"
+    return None
