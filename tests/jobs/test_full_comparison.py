@@ -106,6 +106,17 @@ def run(plan: Plan, folder: Path, **more: Any) -> dict[str, Any]:
     return full_comparison.run(plan, lambda: stream_rows(plan.domain), folder, crew=CREW, **more)
 
 
+def made(plan: Plan, folder: Path) -> tuple[Workspace, dict[str, Any]]:
+    """Every line and arm made in this process, and the report of them."""
+    full_comparison.prepare(plan, stream_rows(plan.domain), folder / "data")
+    workspace = Workspace(plan, folder)
+    for task in [task for tasks in full_comparison.tasks_of(plan) for task in tasks]:
+        workspace.run(task)
+    report = full_comparison.report_of(plan, folder)
+    assert report["missing"] == []
+    return workspace, report
+
+
 def told(report: dict[str, Any]) -> str:
     """The report without what a clock says."""
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in _rows(report)]
@@ -138,12 +149,7 @@ def test_a_run_that_is_cut_and_resumed_says_what_a_whole_one_says(tmp_path: Path
 
 def test_a_frozen_comparison_reports_the_test_days_alone(tmp_path: Path) -> None:
     plan = plan_of(protocol="frozen", seeds=(0,))
-    full_comparison.prepare(plan, stream_rows(plan.domain), tmp_path / "data")
-    workspace = Workspace(plan, tmp_path)
-    for task in [task for tasks in full_comparison.tasks_of(plan) for task in tasks]:
-        workspace.run(task)
-    report = full_comparison.report_of(plan, tmp_path)
-    assert report["missing"] == []
+    workspace, report = made(plan, tmp_path)
     ((base, items, untrained),) = report["windows"].values()
     assert "beside" not in base | items
     # With one seed an AUC's difference is that of the two AUCs.
@@ -159,12 +165,7 @@ def test_a_frozen_comparison_reports_the_test_days_alone(tmp_path: Path) -> None
 @pytest.mark.parametrize("protocol", ["frozen", "streaming"])
 def test_every_variant_of_the_user_order_arm_has_an_interval(protocol: str, tmp_path: Path) -> None:
     plan = plan_of(protocol=protocol, seeds=(0,), arms=(*ARMS[:1], *VARIANT_ARMS))
-    full_comparison.prepare(plan, stream_rows(plan.domain), tmp_path / "data")
-    workspace = Workspace(plan, tmp_path)
-    for task in [task for tasks in full_comparison.tasks_of(plan) for task in tasks]:
-        workspace.run(task)
-    report = full_comparison.report_of(plan, tmp_path)
-    assert report["missing"] == []
+    _, report = made(plan, tmp_path)
     for rows in report["windows"].values():
         assert [row["name"] for row in rows] == ["base", *(arm.name for arm in VARIANT_ARMS)]
         for row in rows[1:]:
