@@ -6,8 +6,9 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from datetime import date, timedelta
 from multiprocessing import get_context
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from jobs import build_instances, build_samples, build_streams
 from jobs.day_states import GROUPS, Group, Size, States, asked, mean_day, states_of
+from jobs.parent import end_with_parent
 from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
@@ -31,8 +33,6 @@ JOBS: Mapping[Group, tuple[str, Any]] = {
     "streams": ("build-streams", build_streams),
     "samples": ("build-samples", build_samples),
 }
-
-
 OURS = (InputError, CheckFailedError, RetryableError)
 """What a step may fail with while the others go on; the first kind met is the command's."""
 
@@ -211,32 +211,39 @@ def _span(days: Days) -> str:
 def run_all(args: Args, steps: Sequence[Step]) -> list[tuple[Step, Exception]]:
     """Every step; those that failed, with why."""
     failed: list[tuple[Step, Exception]] = []
-    with tqdm(total=len(steps), desc=f"backfill of {args.domain}", unit="step") as bar:
-
-        def over(step: Step, error: BaseException | None) -> None:
-            bar.update()
-            if isinstance(error, OURS):
-                log.warning("%s failed: %s", step.days, error)
-                failed.append((step, error))
-            elif error is not None:
-                raise error
-
-        if args.workers == 1:
-            for step in steps:
-                try:
-                    run_step(args, step)
-                except OURS as error:
-                    over(step, error)
-                else:
-                    over(step, None)
-            return failed
-        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-            running: dict[Future[None], Step] = {
-                pool.submit(run_step, args, step): step for step in steps
-            }
-            for future in as_completed(running):
-                over(running[future], future.exception())
+    for step, error in tqdm(
+        _outcomes(args, steps), total=len(steps), desc=f"backfill of {args.domain}", unit="step"
+    ):
+        if error is not None:
+            log.warning("%s failed: %s", step.days, error)
+            failed.append((step, error))
     return failed
+
+
+def _outcomes(args: Args, steps: Sequence[Step]) -> Iterator[tuple[Step, Exception | None]]:
+    """Steps as they end, with what they failed with."""
+    if args.workers == 1:
+        for step in steps:
+            yield step, _outcome(args, step)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(args.workers, context, end_with_parent) as pool:
+        running = {pool.submit(_outcome, args, step): step for step in steps}
+        for future in as_completed(running):
+            try:
+                yield running[future], future.result()
+            except BrokenProcessPool as error:
+                yield running[future], RetryableError(f"a worker was ended: {error}")
+
+
+def _outcome(args: Args, step: Step) -> Exception | None:
+    try:
+        run_step(args, step)
+    except OURS as error:
+        return error
+    except OSError as error:
+        return RetryableError(str(error))
+    return None
 
 
 def run_step(args: Args, step: Step) -> None:

@@ -35,6 +35,7 @@ from downstream.samples import Samples
 from jobs import comparison, prepared
 from jobs.comparison import BASE, LINES, Arm, Predictions
 from jobs.gang import Gang, News, Runner, Task, gpus
+from jobs.parent import end_with_parent
 from pipelines.domain import Domain
 from pipelines.errors import InputError
 from pipelines.features import times_us
@@ -479,7 +480,8 @@ def report_of(
     if len(scored) < SMALL:
         rows = list(map(_row, wanted))
     else:
-        with ProcessPoolExecutor(os.cpu_count() or 1, get_context("spawn")) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(os.cpu_count() or 1, context, end_with_parent) as pool:
             rows = list(pool.map(_row, wanted))
     report["windows"] = {
         name: [row for (of, *_), row in zip(wanted, rows, strict=True) if of == name]

@@ -14,12 +14,14 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
 import torch
+
+from jobs.parent import end_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -189,7 +191,7 @@ def _work(
     """A worker process: threads that take tasks as long as it lives."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     run, sending = make_runner(*given), threading.Lock()
 
     def take() -> None:
@@ -212,14 +214,6 @@ def _work(
         taker.start()
     for taker in takers:
         taker.join()
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers; they must not go on without it."""
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 @contextmanager

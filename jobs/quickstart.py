@@ -31,6 +31,7 @@ from downstream.data import RankerData
 from downstream.user_index import IndexStore, UserIndex
 from jobs import compare, comparison, ledger, progress, report, train_compressor, verify
 from jobs.comparison import LINES, QUICK_ARMS, Arm, Predictions
+from jobs.parent import end_with_parent
 from jobs.token_figures import token_figures
 from jobs.train_compressor import device_of
 from pipelines import delta, tables
@@ -318,6 +319,7 @@ def _data(runs: _Runs, folder: Path) -> RankerData:
 
 def _start_worker(workers: int, ticks: SimpleQueue[int]) -> None:
     """A worker process: its share of the cores, no bars of its own."""
+    end_with_parent()
     progress.forward_to(ticks)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     logging.getLogger().setLevel(logging.WARNING)

@@ -49,7 +49,9 @@ def days_of(
     """
     opened = open_table(lake, table)
     found = sorted(date.fromisoformat(str(p["event_date"])) for p in opened.partitions())
-    if start is not None and end is not None and start < end:
+    is_outside = not found or (end or date.max) <= found[0] or (start or date.min) > found[-1]
+    if is_outside and start is not None and end is not None and start < end:
+        # Only here is the whole log of commits read: a day among others must not cost all of them.
         emptied = {day for _, commit in commits(opened) for day in days_told(commit)}
         found = sorted({*found, *(day for day in Days(start, end) if day in emptied)})
     if not found:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
+from jobs import backfill
 from jobs.backfill import Step, plan
 from jobs.cli import run
 from jobs.day_states import GROUPS, Group, States
@@ -209,6 +210,23 @@ def test_a_day_that_fails_keeps_no_other_from_being_written(
     wanted = content(whole, shop.domain)
     for name, rows in content(tmp_path / "lake", shop.domain).items():
         assert rows == [r for r in wanted[name] if r["event_date"] != LAST]
+
+
+def test_a_fault_of_the_disk_is_worth_a_retry_and_keeps_no_other_from_being_written(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[date] = []
+
+    def run_step(args: object, step: Step) -> None:
+        tried.append(step.days.start)
+        if step.days.start == SECOND:
+            raise OSError("Input/output error")
+
+    monkeypatch.setattr(backfill, "run_step", run_step)
+    said = iat("backfill", shop, tmp_path, *days_flags(LOG))
+    assert said.code == 3
+    assert f"1 of 4 steps failed, the first {one(SECOND)}: Input/output error" in said.err
+    assert tried == [*LOG]
 
 
 def test_quarantined_events_are_told_as_a_share_of_their_day(

@@ -172,6 +172,8 @@ def test_the_commit_says_who_wrote_it(spark: SparkSession, tables: SparkTables, 
     days = {"start": str(day(0).start), "end": str(day(0).end)}
     assert json.loads(commit["userMetadata"]) == JOB | days
     assert commit["version"] == version
+    kept = DeltaTable(f"{lake}/{VIEWS.name}").metadata().configuration
+    assert kept["delta.logRetentionDuration"] == "interval 36500 days"
 
 
 def test_a_day_is_one_sorted_file_in_small_row_groups(
