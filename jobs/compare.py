@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from jobs import full_comparison, ledger, report
-from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, VARIANT_ARMS, Arm
+from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, VARIANT_ARMS, Arm, SplitBy
 from jobs.full_comparison import Plan, print_windows
 from jobs.train_compressor import device_of
 from pipelines import delta, tables
@@ -42,6 +42,9 @@ class Args:
     protocol: Literal["streaming", "frozen"] = "streaming"
     """streaming: predict each day, then train on it, then write its tokens. frozen: compressor on
     the first 45% of days, rankers on the days to 85%, tested on the rest."""
+    split_by: SplitBy = "days"
+    """What those shares, and the 15% windows of the report, are of: days, or labelled rows (for a
+    log most of whose events lie in few of its days)."""
     ranker: Literal["din", "transformer"] = "din"
     """How the ranker reads the hand-made sequence."""
     seeds: int = 5
@@ -103,6 +106,7 @@ def plan_of(args: Args, domain: Domain) -> Plan:
         arms=arms,
         seeds=tuple(range(args.seeds)),
         protocol=args.protocol,
+        split_by=args.split_by,
         ranker=args.ranker,
         user_share=args.user_share,
         user_seed=args.user_seed,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,12 @@ ALL_USERS_ARMS = (
         line="user-all",
         beside=(USER_ITEM, f"{UNTRAINED_ITEM}, all users"),
     ),
+    Arm(
+        name="+ temporal-order and item tokens, all users",
+        parts="match",
+        line="temporal-all",
+        beside=(f"{USER_ITEM}, all users", f"{UNTRAINED_ITEM}, all users"),
+    ),
     Arm(name=f"{UNTRAINED_ITEM}, all users", parts="match", line="untrained-all"),
 )
 VARIANT_ARMS = (
@@ -125,6 +131,7 @@ LINES = {
         Line(name="user", order="user"),
         Line(name="user-post-sit", order="user", stored="post-sit"),
         Line(name="untrained", order="user", is_trained=False),
+        Line(name="temporal-all", order="temporal", is_all_users=True),
         Line(name="user-all", order="user", is_all_users=True),
         Line(name="untrained-all", order="user", is_trained=False, is_all_users=True),
     )
@@ -277,20 +284,27 @@ def restrict(result: LineResult, keep: Array) -> LineResult:
 WINDOW_METRICS = ("auc", "gauc", "log_loss", "normalised_entropy")
 
 
-class HasSamples(Protocol):
-    """What metrics read of RankerData."""
-
-    @property
-    def samples(self) -> Samples: ...
-
-    def __len__(self) -> int: ...
+SplitBy = Literal["days", "rows"]
 
 
-def window(data: HasSamples, days: range, first_share: float, last_share: float) -> Array:
-    """Samples whose moment lies between two shares of the days, label known."""
-    begin, end = (days.start + round(len(days) * share) for share in (first_share, last_share))
-    day = data.samples.as_of_us // DAY_US
-    return (day >= begin) & (day < end) & ~np.isnan(data.samples.label)
+def border(samples: Samples, days: range, share: float, by: SplitBy = "days") -> int:
+    """The day on which a share of the days, or of the labelled samples, has passed.
+
+    A log whose events crowd into few of its days has next to no samples in its last days.
+    """
+    if by == "days" or not 0 < share < 1:
+        return days.start + round(len(days) * share)
+    day = samples.as_of_us[~np.isnan(samples.label)] // DAY_US
+    return int(np.quantile(day, share, method="lower")) if len(day) else days.stop
+
+
+def window(
+    samples: Samples, days: range, first_share: float, last_share: float, by: SplitBy = "days"
+) -> Array:
+    """Samples of the days between two borders, label known."""
+    begin, end = (border(samples, days, share, by) for share in (first_share, last_share))
+    day = samples.as_of_us // DAY_US
+    return (day >= begin) & (day < end) & ~np.isnan(samples.label)
 
 
 def scores_of(predictions: Predictions, num_samples: int) -> Array:
@@ -321,19 +335,20 @@ _NONE = np.zeros(0)
 
 
 def on_window(
-    arms: Mapping[str, Sequence[Predictions]], data: HasSamples, inside: Array
+    arms: Mapping[str, Sequence[Predictions]], samples: Samples, inside: Array
 ) -> WindowScores:
     """Scores of all arms on the window's samples."""
     at = np.flatnonzero(inside)
     scores = {
-        name: np.stack([scores_of(p, len(data))[at] for p in found]) for name, found in arms.items()
+        name: np.stack([scores_of(p, len(samples))[at] for p in found])
+        for name, found in arms.items()
     }
     predicted = np.ones(len(at), bool)
     for of_arm in scores.values():
         predicted &= ~np.isnan(of_arm).any(axis=0)
     scores = {name: of_arm[:, predicted] for name, of_arm in scores.items()}
     at = at[predicted]
-    return WindowScores(data.samples.user_id[at], data.samples.label[at], scores, dict(arms))
+    return WindowScores(samples.user_id[at], samples.label[at], scores, dict(arms))
 
 
 SHORT = {"log_loss": "logloss", "normalised_entropy": "ne"}
@@ -397,26 +412,26 @@ def _difference(
 
 def summarise(
     arms: Mapping[str, Sequence[Predictions]],
-    data: HasSamples,
+    samples: Samples,
     inside: Array,
     *,
     bootstraps: int = 200,
 ) -> list[dict[str, Any]]:
     """One row per arm on the window's samples (`arm_row`)."""
-    held = on_window(arms, data, inside)
+    held = on_window(arms, samples, inside)
     return [arm_row(name, held, bootstraps=bootstraps) for name in arms]
 
 
-def weekly_auc(data: HasSamples, predictions: Predictions, days: range) -> list[dict[str, Any]]:
+def weekly_auc(samples: Samples, predictions: Predictions, days: range) -> list[dict[str, Any]]:
     """Progressive AUC week by week."""
-    score = scores_of(predictions, len(data))
-    week = (data.samples.as_of_us // DAY_US - days.start) // 7
-    is_known = ~np.isnan(score) & ~np.isnan(data.samples.label)
+    score = scores_of(predictions, len(samples))
+    week = (samples.as_of_us // DAY_US - days.start) // 7
+    is_known = ~np.isnan(score) & ~np.isnan(samples.label)
     found = []
     for number in np.unique(week[is_known]):
         at = is_known & (week == number)
         start = as_date(days.start) + timedelta(days=int(number) * 7)
-        found.append({"start": str(start), "auc": metrics.auc(data.samples.label[at], score[at])})
+        found.append({"start": str(start), "auc": metrics.auc(samples.label[at], score[at])})
     return found
 
 

@@ -33,7 +33,7 @@ from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import RankerData
 from downstream.samples import Samples
 from jobs import comparison, prepared
-from jobs.comparison import BASE, LINES, Arm, Predictions
+from jobs.comparison import BASE, LINES, Arm, Predictions, SplitBy
 from jobs.gang import Gang, News, Runner, Task, gpus
 from jobs.parent import end_with_parent
 from pipelines.domain import Domain
@@ -44,8 +44,8 @@ from pipelines.splits import users_kept
 log = logging.getLogger(__name__)
 
 FROZEN_COMPRESSOR, FROZEN_TEST = 0.45, 0.85
-WINDOWS = {"last 15% of time": (0.85, 1.0), "the 15% before": (0.70, 0.85)}
-FROZEN_WINDOWS = {"test: last 15% of time": (FROZEN_TEST, 1.0)}
+SPARSE = 0.25
+"""A window with under this part of the rows that its share of the log promises is remarked on."""
 SMALL = 100_000
 """Samples under which intervals are drawn sooner than processes for it are started."""
 
@@ -58,6 +58,8 @@ class Plan:
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
     protocol: str = "streaming"
+    split_by: SplitBy = "days"
+    """What the protocol's borders and the windows are shares of."""
     ranker: str = "din"
     user_share: float = 1.0
     user_seed: int = 0
@@ -71,11 +73,17 @@ class Plan:
 
     @property
     def windows(self) -> dict[str, tuple[float, float]]:
-        return FROZEN_WINDOWS if self.protocol == "frozen" else WINDOWS
+        """Shares of the log, first and last, by name."""
+        what = "time" if self.split_by == "days" else "rows"
+        if self.protocol == "frozen":
+            return {f"test: last 15% of {what}": (FROZEN_TEST, 1.0)}
+        return {f"last 15% of {what}": (0.85, 1.0), "the 15% before": (0.70, 0.85)}
 
     def settings(self) -> dict[str, Any]:
         """What every result of one folder shares: all but which arms and seeds, and where."""
-        shared = ("protocol", "ranker", "user_share", "user_seed")
+        shared: tuple[str, ...] = ("protocol", "ranker", "user_share", "user_seed")
+        # Streaming runs are the same whatever the windows that they are judged on.
+        shared += ("split_by",) if self.protocol == "frozen" else ()
         configs = ("source", "compressor", "config", "training")
         found = {name: getattr(self, name) for name in shared}
         found |= {name: asdict(getattr(self, name)) for name in configs}
@@ -200,7 +208,8 @@ class Workspace:
         self._loading = threading.Lock()
 
     def border(self, share: float) -> int:
-        return self.days.start + round(len(self.days) * share)
+        samples = prepared.samples_held(self.held)
+        return comparison.border(samples, self.days, share, self.plan.split_by)
 
     def run(self, task: Task) -> None:
         """Make a line or an arm and keep it in the folder."""
@@ -420,7 +429,7 @@ class _Judge:
         return text
 
     def _auc(self, task: Task, first: float, last: float) -> float:
-        inside = comparison.window(self.scored, self.scored.days, first, last)
+        inside = self.scored.inside(first, last, self.plan.split_by)
         score = comparison.scores_of(self.results.predictions(task), len(self.scored))
         inside &= ~np.isnan(score)
         return metrics.auc(self.scored.samples.label[inside], score[inside])
@@ -441,6 +450,10 @@ class Scored:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def inside(self, first: float, last: float, by: SplitBy) -> comparison.Array:
+        """Samples of a window, label known."""
+        return comparison.window(self.samples, self.days, first, last, by)
 
 
 def report_of(
@@ -474,8 +487,16 @@ def report_of(
     }
     wanted = []
     for name, shares in plan.windows.items():
-        inside = comparison.window(scored, scored.days, *shares)
-        held = comparison.on_window(found, scored, inside)
+        inside = scored.inside(*shares, plan.split_by)
+        promised = (shares[1] - shares[0]) * np.count_nonzero(~np.isnan(scored.samples.label))
+        if inside.sum() < SPARSE * promised:
+            log.warning(
+                "%s: %d labelled rows, where an even log has %.0f; --split-by rows cuts by rows",
+                name,
+                inside.sum(),
+                promised,
+            )
+        held = comparison.on_window(found, scored.samples, inside)
         wanted += [(name, a, held.of(a), bootstraps) for a in plan.arms if a.name in found]
     if len(scored) < SMALL:
         rows = list(map(_row, wanted))

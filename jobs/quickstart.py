@@ -201,11 +201,11 @@ def _compare(args: Args, domain: Domain, clock: Clock) -> dict[str, Any]:
     with clock.step("compressors walk the days and write tokens; a ranker per arm"):
         arms, lines = runs.all(workers)
     data = runs.data(scratch / "index")
-    inside = comparison.window(data, span, 1 - TEST_SHARE, 1.0)
-    rows = comparison.summarise({a.name: [arms[a.name]] for a in QUICK_ARMS}, data, inside)
+    inside = comparison.window(data.samples, span, 1 - TEST_SHARE, 1.0)
+    rows = comparison.summarise({a.name: [arms[a.name]] for a in QUICK_ARMS}, data.samples, inside)
     for row, chosen in zip(rows, QUICK_ARMS, strict=True):
         row["bytes_per_instance"] = bytes_per_instance(domain, chosen, data.store)
-        row["weekly"] = comparison.weekly_auc(data, arms[chosen.name], span)
+        row["weekly"] = comparison.weekly_auc(data.samples, arms[chosen.name], span)
     index = UserIndex.open(scratch / "index")
     figures = token_figures(args.lake, domain, index, "user", days)
     shutil.rmtree(scratch)

@@ -14,13 +14,15 @@ import pytest
 
 from compressor.configs import SourceConfig, TrainingConfig
 from downstream.configs import RankerConfig, RankerTraining
+from downstream.samples import Samples
 from jobs import cli, compare, full_comparison, prepared
 from jobs.compare import Args
-from jobs.comparison import FULL_ARMS, VARIANT_ARMS, Arm
+from jobs.comparison import FULL_ARMS, VARIANT_ARMS, Arm, border, window
 from jobs.full_comparison import Crew, Plan, Results, Task, Workspace
 from pipelines import delta, tables
 from pipelines.domain import Domain, parse
 from pipelines.errors import InputError
+from pipelines.features import FeatureArrays
 
 DAY_US = 86_400_000_000
 NUM_DAYS = 14
@@ -160,6 +162,33 @@ def test_a_frozen_comparison_reports_the_test_days_alone(tmp_path: Path) -> None
     held = prepared.opened(Results(tmp_path).path(Task("arm", "base", 0)))
     days = workspace.samples().samples.as_of_us[held["sample"]] // DAY_US
     assert days.min() >= workspace.border(full_comparison.FROZEN_TEST)
+
+
+CROWDED = np.array([0] * 60 + [1] * 25 + [2] * 10 + [9] * 5) * DAY_US
+
+
+def crowded_samples(label: float = 1.0) -> Samples:
+    """A hundred rows of which ten days hold 60, 25, 10 and, on the last one, 5."""
+    n = len(CROWDED)
+    none = np.zeros(n, np.int64)
+    nothing = FeatureArrays(*(np.zeros((n, 0)) for _ in range(2)))
+    labels = np.full(n, label, np.float32)
+    return Samples(none, none, none, none, CROWDED, nothing, nothing, labels, none)
+
+
+def test_borders_go_by_shares_of_days_or_of_labelled_rows() -> None:
+    samples, days = crowded_samples(), range(10)
+    assert [border(samples, days, share) for share in (0, 0.5, 0.85, 1)] == [0, 5, 8, 10]
+    assert [border(samples, days, share, "rows") for share in (0, 0.5, 0.85, 1)] == [0, 0, 1, 10]
+    assert [border(samples, days, share, "rows") for share in (0.9, 0.97)] == [2, 9]
+    assert window(samples, days, 0.85, 1).sum() == 5
+    assert window(samples, days, 0.9, 1, "rows").sum() == 15
+    # Rows without a label do not count.
+    some = crowded_samples()
+    some.label[:60] = np.nan
+    assert border(some, days, 0.5, "rows") == 1
+    assert window(some, days, 0, 1, "rows").sum() == 40
+    assert window(crowded_samples(np.nan), days, 0.5, 1, "rows").sum() == 0
 
 
 @pytest.mark.parametrize("protocol", ["frozen", "streaming"])
