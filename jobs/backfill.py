@@ -16,10 +16,14 @@ from typing import Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
-from jobs import build_instances, build_samples, build_streams
+from jobs import build_instances, build_samples, build_streams, raw_log
 from jobs.day_states import GROUPS, Group, Size, States, asked, mean_day, states_of
+from jobs.events import open_events
+from jobs.future import latest_of, without_future
 from jobs.parent import end_with_parent
-from pipelines import delta, tables
+from jobs.spark import session
+from jobs.spark_faults import explained
+from pipelines import delta, raw_files, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -40,7 +44,8 @@ OURS = (InputError, CheckFailedError, RetryableError)
 @dataclass(frozen=True, kw_only=True)
 class Args(build_instances.Args):
     """Find the days of a domain's instances, streams, histories and samples that are missing or
-    stale, say what would be written, and write it; days that are right are never touched.
+    stale (also because their events came late or changed), say what would be written, and write
+    it; days that are right are never touched.
 
     A step that fails does not keep the others from being done. Run it again to go on: what is
     there is found, so nothing is done twice.
@@ -82,8 +87,9 @@ class Estimate(NamedTuple):
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    days = asked(args.lake, domain, args.start, args.end)
-    states = states_of(args.lake, domain, days)
+    marks = marks_of(args, domain)
+    days = asked(args.lake, domain, args.start, args.end, marks)
+    states = states_of(args.lake, domain, days, marks)
     steps, without = plan(states, args.groups, args.days_at_once)
     if args.order == "newest":
         steps.reverse()
@@ -104,6 +110,23 @@ def main(args: Args) -> dict[str, Any]:
     if failed:
         _raise_for(failed, len(steps))
     return result
+
+
+def marks_of(args: Args, domain: Domain) -> Mapping[date, str] | None:
+    """What the raw log holds of each day: files that are new or changed are looked into, unless
+    instances are not asked for."""
+    latest = latest_of(without_future(domain))
+    if "instances" not in args.groups:
+        found = raw_files.known(args.lake, domain)
+        return found.marks(latest) if found else None
+    with explained(f"looking into the log of {domain.name}"):
+        log = open_events(session(args.master), domain, args.lake, **_of_raw(args))
+        commit = None if args.dry_run else {"job": "backfill", "domain": domain.name}
+        return raw_log.looked(log, args.lake, domain, commit=commit).marks(latest)
+
+
+def _of_raw(args: Args) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in ("data", "limit_users", "limit_days", "seed")}
 
 
 def plan(
@@ -252,10 +275,9 @@ def run_step(args: Args, step: Step) -> None:
         "start": step.days.start,
         "end": step.days.end,
     }
-    of_raw = ("data", "limit_users", "limit_days", "seed")
     for group in step.why:
         _, module = JOBS[group]
-        more = {name: getattr(args, name) for name in of_raw} if group == "instances" else {}
+        more = _of_raw(args) if group == "instances" else {}
         with contextlib.redirect_stdout(sys.stderr):
             module.main(module.Args(**given, **more))
 

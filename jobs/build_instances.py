@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from pyspark import StorageLevel
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F  # noqa: N812
 
-from jobs import ledger
+from jobs import ledger, raw_log
 from jobs.events import open_events
+from jobs.future import latest_of, without_future
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
 from jobs.spark_progress import task_bar
-from pipelines import delta, tables
+from pipelines import delta, tables, written
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.errors import CheckFailedError, InputError
-from pipelines.instances import accepted, checked, extent, rejected
+from pipelines.instances import accepted, checked, rejected
 from pipelines.negatives import with_negatives
+from pipelines.raw_files import RawFiles
 
 log = logging.getLogger(__name__)
 
@@ -70,25 +73,32 @@ def main(args: Args) -> dict[str, Any]:
     doing = f"building instances of {domain.name}"
     with ledger.job(args.lake, "build-instances", args) as run, explained(doing):
         spark = session(args.master)
-        events, place = open_events(
+        raw = open_events(
             spark, domain, args.lake,
             data=args.data, limit_users=args.limit_users, limit_days=args.limit_days,
             seed=args.seed,
         )  # fmt: skip
         if args.end is None:
-            domain = _without_future(domain)
-        days, num_events = asked_days(events, domain, args.start, args.end)
+            domain = without_future(domain)
+        commit = ledger.commit_of(run, given, {"source": raw.place})
+        found = raw_log.looked(raw, args.lake, domain, commit=None if args.dry_run else commit)
+        days = asked_days(found, args.lake, domain, args.start, args.end)
         result: dict[str, Any] = {
             "domain": domain.name,
-            "source": place,
+            "source": raw.place,
             "days": str(days),
-            "events": num_events,
+            "events": found.num_events,
         }
         if not args.dry_run:
-            log.info("instances of %s in %s, from %s", domain.name, days, place)
+            log.info("instances of %s in %s, from %s", domain.name, days, raw.place)
             lake = SparkTables(spark, args.lake)
-            commit = ledger.commit_of(run, given, {"source": place})
-            result |= build(lake, events, domain, days, num_events, commit=commit, run=run.run)
+            events = raw.read(found.files_of(days, latest_of(domain)))
+            marks = found.marks(latest_of(domain))
+            commit |= {"raw": json.dumps({str(d): marks[d] for d in days if d in marks})}
+            result |= build(
+                lake, events, domain, days, found.num_events, commit=commit, run=run.run
+            )
+            result |= {"changed_days": changed_days(args.lake, domain, marks)}
             run.add(rows=result["instances"])
     sys.stdout.write(as_text(result))
     return result
@@ -142,37 +152,36 @@ def build(
 
 
 def asked_days(
-    events: DataFrame, domain: Domain, start: date | None, end: date | None
-) -> tuple[Days, int]:
-    """The days to build, within the log; InputError if it has no event in them."""
-    found = extent(events, domain).collect()[0]
-    first, last = found["first_day"], found["last_day"]
-    if not found["num_events"]:
+    files: RawFiles, lake: str, domain: Domain, start: date | None, end: date | None
+) -> Days:
+    """The days to build: within the log, or days of the instances that the log no longer has;
+    InputError if there is neither."""
+    if not files.num_events:
         raise InputError(f"the log of domain {domain.name!r} is empty: it has no event at all")
-    if first is None:
+    found = files.days(latest_of(domain))
+    if not found:
         raise InputError(
-            f"none of the {found['num_events']} events of domain {domain.name!r} has a readable "
+            f"none of the {files.num_events} events of domain {domain.name!r} has a readable "
             f"time: check [columns] time = {domain.columns.time!r} and "
             f"time_unit = {domain.columns.time_unit!r}"
         )
+    first, last = found[0], found[-1]
     start, end = start or first, end or last + timedelta(days=1)
-    if start >= end or end <= first or start > last:
+    if start < end and not (start <= last and end > first):
+        found = sorted({*found, *written.last_written(lake, tables.instances(domain))})
+    if start >= end or end <= found[0] or start > found[-1]:
         raise InputError(
             f"domain {domain.name!r} has no event in [{start}, {end}): its log goes from {first} "
             f"to {last} (--end is the day after the last); nothing was written"
         )
-    return Days(start, end), int(found["num_events"])
+    return Days(start, end)
 
 
-def _without_future(domain: Domain) -> Domain:
-    """With no end asked for, a mistyped year must not make the log a century long.
-
-    The clock decides only which events are refused as coming from the future.
-    """
-    if domain.limits.latest:
-        return domain
-    tomorrow = datetime.now(UTC).date() + timedelta(days=1)
-    return replace(domain, limits=replace(domain.limits, latest=tomorrow.isoformat()))
+def changed_days(lake: str, domain: Domain, marks: Mapping[date, str]) -> list[str]:
+    """Days of the instances of which the raw log now holds something else than when they were
+    built."""
+    found = written.last_written(lake, tables.instances(domain))
+    return [str(d) for d, last in sorted(found.items()) if last.mark(d) != marks.get(d, "")]
 
 
 def check_share(
@@ -210,7 +219,14 @@ def as_text(result: Mapping[str, Any]) -> str:
         return f"{head}; would build {result['days']}\n"
     rules = "".join(f"\n  {count} {rule}" for rule, count in result["rules"].items())
     empty = f"; {result['empty_days']} days are empty" if result["empty_days"] else ""
+    changed = result["changed_days"]
+    again = (
+        f"\n{len(changed)} days built earlier have changed in the log since ({changed[0]} the "
+        "first): iat backfill builds them again"
+        if changed
+        else ""
+    )
     return (
         f"{head}\n{result['days']}: {result['instances']} instances, {result['sampled']} of them "
-        f"sampled negatives; {result['quarantined']} events quarantined{empty}{rules}\n"
+        f"sampled negatives; {result['quarantined']} events quarantined{empty}{rules}{again}\n"
     )

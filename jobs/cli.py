@@ -85,7 +85,7 @@ JSON_KEYS: Mapping[str, str] = {
     "init": "file, name, num_features, fill_in, left_out",
     "build": "build-instances, build-streams, build-samples: each command's own",
     "build-instances": "domain, source, days, events, kept, quarantined, rules, instances, "
-    "sampled, empty_days, version",
+    "sampled, empty_days, version, changed_days",
     "build-streams": "domain, days, input_versions, rows (by table)",
     "build-samples": "domain, days, input_versions, rows, sampled",
     "status": "domain, days, tables (by group: right, again (reason by day)), quarantined (by day)",

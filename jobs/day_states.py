@@ -36,13 +36,16 @@ class Size(NamedTuple):
     bytes: float
 
 
-def states_of(lake: str, domain: Domain, days: Days) -> States:
-    """From the tables' logs alone; a group is as right as the worst of its tables."""
-    expected = Expected(ledger.config_of(domain), ledger.code_version())
+def states_of(lake: str, domain: Domain, days: Days, marks: Mapping[date, str] | None) -> States:
+    """From the tables' logs and what the raw log holds of each day (None: not known); a group is as
+    right as the worst of its tables."""
+    built = Expected(ledger.config_of(domain), ledger.code_version())
     instances = last_written(lake, tables.instances(domain))
     found: dict[Group, Mapping[date, str | None]] = {}
     for group, made in GROUPS.items():
-        upstream = {} if group == "instances" else {tables.instances(domain).name: instances}
+        is_first = group == "instances"
+        upstream = {} if is_first else {tables.instances(domain).name: instances}
+        expected = built._replace(marks=marks) if is_first else built
         written = [last_written(lake, make(domain)) for make in made]
         found[group] = {day: _worst(day, written, expected, upstream) for day in days}
     return found
@@ -58,15 +61,24 @@ def _worst(
     return next((reason for reason in found if reason), None)
 
 
-def asked(lake: str, domain: Domain, start: date | None, end: date | None) -> Days:
-    """The days asked for; None: from the first, to the last that the instances have."""
-    days = sorted(last_written(lake, tables.instances(domain)))
+def asked(
+    lake: str,
+    domain: Domain,
+    start: date | None,
+    end: date | None,
+    marks: Mapping[date, str] | None,
+) -> Days:
+    """The days asked for; None: from the first of the instances (without any: of the raw log), to
+    the last of either."""
+    raw = sorted(marks or {})
+    built = sorted(last_written(lake, tables.instances(domain))) or raw
+    days = built + raw[-1:]
     if not days and (start is None or end is None):
         raise InputError(
             f"the lake {lake} has no instances of {domain.name} whose commits name their days: "
             "give --start and --end, or build it first (iat build)"
         )
-    return Days(start or days[0], end or days[-1] + timedelta(days=1))
+    return Days(start or days[0], end or max(days) + timedelta(days=1))
 
 
 def mean_day(lake: str, table: Table) -> Size | None:

@@ -1,12 +1,14 @@
-"""A domain's raw event log as a DataFrame, wherever its domain file says it is."""
+"""A domain's raw event log, wherever its domain file says it is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
+from pyspark.sql.readwriter import DataFrameReader
 from pyspark.sql.types import StringType, StructField, StructType
 
+from jobs.raw_log import RawLog, literal
 from jobs.spark_faults import SPARK_ERRORS, reason
 from pipelines import sources
 from pipelines.domain import Domain
@@ -23,8 +25,8 @@ def open_events(
     limit_users: int | None = None,
     limit_days: int | None = None,
     seed: int = 0,
-) -> tuple[DataFrame, str]:
-    """The events, and where they are.
+) -> RawLog:
+    """The log, read in place.
 
     A public log is first written as one Parquet file below the lake; the other arguments choose a
     sample of it (`pipelines.sources.prepare`) and are refused for a log that is read in place.
@@ -35,7 +37,7 @@ def open_events(
                 domain, lake, data=data, limit_users=limit_users, seed=seed, days=limit_days
             )
         )
-        return spark.read.parquet(place), place
+        return RawLog(place, "parquet", spark.read.parquet(literal(place)), spark.read)
     if data or limit_users or limit_days:
         raise InputError(
             f"--data, --limit-users and --limit-days are for the public logs; domain "
@@ -44,15 +46,18 @@ def open_events(
     place = _place(domain)
     kind, where = domain.source.format, f"[source] of domain {domain.name!r}: {place}"
     try:
-        events = _csv(spark, place) if kind == "csv" else spark.read.format(kind).load(place)
+        reader = _csv(spark, place) if kind == "csv" else spark.read.format(kind)
+        events = reader.load(place if kind == "delta" else literal(place))
     except SPARK_ERRORS as error:
         raise InputError(f"{where} does not read as {kind}: {reason(str(error))}") from error
     if not events.columns:
         raise InputError(f"{where} is empty: a CSV file starts with the names of its columns")
-    return events, place
+    # A lone file is its own base; its events are never asked for in part.
+    some = reader.schema(events.schema).option("basePath", place)
+    return RawLog(place, kind, events, some)
 
 
-def _csv(spark: SparkSession, place: str) -> DataFrame:
+def _csv(spark: SparkSession, place: str) -> DataFrameReader:
     """Text as it came (what is a number or a time, the domain file says); quotes as `iat init`
     reads them. A line of too many or too few values stands whole in the column BROKEN_ROW."""
     reader = spark.read.format("csv").options(
@@ -66,11 +71,11 @@ def _csv(spark: SparkSession, place: str) -> DataFrame:
         enforceSchema=Path(place).is_file(),
         columnPruning=False,
     )
-    columns = reader.load(place).columns
+    columns = reader.load(literal(place)).columns
     if not columns:
-        return reader.load(place)
+        return reader
     texts = [StructField(name, StringType()) for name in (*columns, BROKEN_ROW)]
-    return reader.schema(StructType(texts)).load(place)
+    return reader.schema(StructType(texts))
 
 
 def _place(domain: Domain) -> str:

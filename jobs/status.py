@@ -11,7 +11,8 @@ from itertools import groupby
 from typing import Any
 
 from jobs.day_states import States, asked, states_of
-from pipelines import delta, tables
+from jobs.future import latest_of, without_future
+from pipelines import delta, raw_files, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -24,8 +25,9 @@ RIGHT_SIGN, MISSING_SIGN, STALE_SIGN, OUTSIDE = "#", ".", "~", " "
 class Args:
     """Show which days of a domain's tables are right, missing or stale, month by month.
 
-    A day is stale when the domain file, the toolkit's version or the instances it was made of have
-    changed since it was written. Known from the tables' logs: no data is read.
+    A day is stale when the domain file, the toolkit's version, or what it was made of (instances,
+    or the raw log as the last build or backfill saw it) have changed since it was written. Known
+    from the tables' logs: no data is read.
     """
 
     domain: str
@@ -35,13 +37,15 @@ class Args:
     start: date | None = None
     """First day (UTC); empty: the instances' first."""
     end: date | None = None
-    """The day after the last; empty: the instances' end."""
+    """The day after the last; empty: the end of the instances or the raw log."""
 
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    days = asked(args.lake, domain, args.start, args.end)
-    states = states_of(args.lake, domain, days)
+    raw = raw_files.known(args.lake, domain)
+    marks = raw.marks(latest_of(without_future(domain))) if raw else None
+    days = asked(args.lake, domain, args.start, args.end, marks)
+    states = states_of(args.lake, domain, days, marks)
     quarantined = quarantined_shares(args.lake, domain, days)
     sys.stdout.write(as_text(domain.name, days, states, quarantined))
     return {

@@ -85,18 +85,18 @@ def rejected(rows: DataFrame, *, run: str) -> DataFrame:
     return found.select("raw", "rule", F.lit(run).alias("run"), "event_date")
 
 
-def extent(events: DataFrame, domain: Domain) -> DataFrame:
-    """One row: first_day and last_day of the log, num_events, and num_unplaced (no time, or in the
-    future)."""
+def days_in(events: DataFrame, domain: Domain) -> DataFrame:
+    """Of each file and day (null: no readable time): num_events and content, which is the same for
+    the same events in any order.
+
+    Columns file (URL-encoded), event_date, num_events, content; future days are days here.
+    """
     check_columns(domain, events.columns)
     raw = _Raw(events, domain)
-    day = _day(domain)
-    return raw.rows.select(raw.event_time.alias("event_time")).agg(
-        F.min(day).alias("first_day"),
-        F.max(day).alias("last_day"),
-        F.count("*").alias("num_events"),
-        F.count_if(day.isNull()).alias("num_unplaced"),
-    )
+    rows = events.select(F.struct("*").alias("raw"), F.col("_metadata.file_path").alias("file"))
+    dated = rows.withColumn("event_date", F.to_date(raw.event_time))
+    content = F.sum(raw.fingerprint().cast("decimal(20,0)")).alias("content")
+    return dated.groupBy("file", "event_date").agg(F.count("*").alias("num_events"), content)
 
 
 def instance_id(

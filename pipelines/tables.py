@@ -59,6 +59,19 @@ def quarantine(domain: Domain) -> Table:
     return _daily(f"quarantine/{domain.name}", columns, key=(), sort_by=("rule",))
 
 
+def raw_files(domain: Domain) -> Table:
+    """What each file of the raw log held of each day (null: of no day) when it was last opened."""
+    columns = [
+        ("file", pa.string()),
+        ("stamp", pa.string()),
+        ("event_date", pa.date32()),
+        ("num_events", pa.int64()),
+        ("content", pa.decimal128(38, 0)),
+    ]
+    key = ("file", "event_date")
+    return Table(f"raw_files/{domain.name}", pa.schema(columns), key, (), ("file",))
+
+
 def temporal_order(domain: Domain) -> Table:
     """Model-ready instances, a day's rows in time order."""
     columns = [*KEYS, *_features(domain.features), *_labels(domain)]

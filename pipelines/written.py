@@ -26,12 +26,19 @@ class Written(NamedTuple):
         found: dict[str, Any] = json.loads(self.commit.get("inputs", "{}"))
         return found
 
+    def mark(self, day: date) -> str:
+        """What the raw log held of a day when it was read; nothing of a day without events."""
+        marks: dict[str, str] = json.loads(self.commit.get("raw", "{}"))
+        return marks.get(str(day), "")
+
 
 class Expected(NamedTuple):
     """What the commit of a day that is right says."""
 
     config: str
     code: str
+    marks: Mapping[date, str] | None = None
+    """Of days of a table made of the raw log: what that holds now, as far as any run has looked."""
 
 
 def last_written(lake: str, table: Table) -> dict[date, Written]:
@@ -65,6 +72,8 @@ def why_again(
         return "domain file changed"
     if last.commit.get("code") != expected.code:
         return f"code changed from {last.commit.get('code')} to {expected.code}"
+    if expected.marks is not None and last.mark(day) != expected.marks.get(day, ""):
+        return "raw log changed"
     for name, days in upstream.items():
         newer = days.get(day)
         if newer is not None and newer.version > int(last.inputs.get(name, -1)):

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Sequence
 from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from pipelines import tables
 from pipelines.days import Days, to_us
 from pipelines.domain import Domain, parse
 from pipelines.errors import InputError
-from pipelines.instances import checked, extent, instances
+from pipelines.instances import checked, days_in, instances
 from pipelines.keys import key_id
 from pipelines.raw_values import moment, text
 
@@ -319,13 +320,25 @@ def test_a_column_that_cannot_serve_is_refused_at_once(
         instances(events, shop(columns=columns, **changed), JANUARY, run="r")
 
 
-def test_the_extent_of_a_log_leaves_out_what_has_no_day(spark: SparkSession) -> None:
-    times = [NOON, None, NOON + timedelta(days=3), datetime(2126, 1, 1, tzinfo=UTC)]
-    rows = [("ann", "a", at, 1) for at in times]
-    events = spark.createDataFrame(rows, "u string, i string, t timestamp, click int")
-    found = extent(events, shop(limits={"latest": "2026-02-01"})).collect()[0]
-    assert tuple(found) == (date(2026, 1, 2), date(2026, 1, 5), 4, 2)
-    assert extent(events.limit(0), shop()).collect()[0]["first_day"] is None
+def test_what_a_file_holds_of_a_day_is_the_same_in_whatever_order(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    times = [NOON, None, NOON + timedelta(days=3), NOON, datetime(2126, 1, 1, tzinfo=UTC)]
+    rows = [(f"ann{n}", "a", at, 1) for n, at in enumerate(times)]
+    found = []
+    for name, order in (("one", rows), ("two", rows[::-1]), ("other", [*rows[:-1], rows[0]])):
+        events = spark.createDataFrame(order, "u string, i string, t timestamp, click int")
+        events.coalesce(1).write.parquet(str(tmp_path / name))
+        held = days_in(spark.read.parquet(str(tmp_path / name)), shop()).collect()
+        assert {tmp_path.name in row["file"] for row in held} == {True}
+        found.append({row["event_date"]: (row["num_events"], row["content"]) for row in held})
+    one, two, other = found
+    assert one == two
+    counts = {day: n for day, (n, _) in one.items()}
+    future = date(2126, 1, 1)
+    assert counts == {date(2026, 1, 2): 2, date(2026, 1, 5): 1, None: 1, future: 1}
+    # An event more than once is another content than once.
+    assert {day for day in one if one[day] != other.get(day)} == {date(2026, 1, 2), future}
 
 
 # An oracle in plain Python: the same rules written apart, over a log full of faults.

@@ -1,0 +1,120 @@
+"""A small log in two states, and the lakes that undisturbed jobs make of each."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, timedelta
+from pathlib import Path
+
+from pipelines import delta, tables
+from pipelines.days import Days
+from pipelines.domain import Domain
+from pipelines.tables import Table
+from tests.jobs.test_build_jobs import Row, Shop, row, us
+
+DAYS = Days(date(2026, 1, 1), date(2026, 1, 4))
+MORE = "negatives = {per_positive = 1}\nlimits = {max_quarantined_share = 0.9}"
+UNTOLD = ("run", "artifact", "metrics", "input_versions", "config")
+"""Columns that say which run wrote a row and from where, not what it holds."""
+
+
+def log_rows(state: str) -> list[Row]:
+    """The log before and after its days changed: events gone, new and altered, some that break a
+    rule, and a last day that was empty."""
+    draw = random.Random(7)
+    found = [
+        row(f"user{draw.randrange(6)}", str(draw.randrange(9)), us(day, n), clicked=n % 2)
+        for day in DAYS
+        for n in range(14)
+    ]
+    if state == "old":
+        return [r for r in found if r["shown_at"] < us(DAYS.end - timedelta(days=1))]
+    kept = [r | {"price": 9.0} if n % 5 == 0 else r for n, r in enumerate(found) if n % 7]
+    broken = [row(None, "1", us(day, 90)) for day in DAYS]
+    return [*kept, *broken, row("late", "3", us(DAYS.start, 50))]
+
+
+def targets(domain: Domain) -> dict[str, tuple[Table, ...]]:
+    """The tables that each job replaces."""
+    instances = (tables.quarantine(domain), tables.instances(domain))
+    streams = (tables.temporal_order(domain), tables.user_order(domain), tables.histories(domain))
+    samples = (tables.ranker_samples(domain),)
+    tokens = (tables.instance_tokens(domain.name), tables.item_tokens(domain.name))
+    return {
+        "build-instances": instances,
+        "build-streams": streams,
+        "build-samples": samples,
+        "build": (*instances, *streams, *samples),
+        "train-compressor": (*tokens, tables.compressor_versions()),
+    }
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders with both logs and both lakes."""
+
+    folder: Path
+
+    def shop(self, state: str) -> Shop:
+        return Shop(self.folder / state)
+
+    def lake(self, state: str) -> Path:
+        return self.folder / state / "lake"
+
+    def write_logs(self) -> None:
+        for state in ("old", "new"):
+            self.shop(state).write(log_rows(state), more=MORE)
+
+    @property
+    def domain(self) -> Domain:
+        return self.shop("new").domain
+
+    def start(self, job: str, lake: Path) -> None:
+        """The lake that a job meets: what it reads is of the new log, what it replaces is of the
+        old one (tokens, written once: not there)."""
+        replaced = targets(self.domain)[job]
+        for table in {t.name: t for of in targets(self.domain).values() for t in of}.values():
+            source = self.lake("old" if table in replaced else "new") / table.name
+            is_needed = table in replaced or job not in ("build", "build-instances")
+            if is_needed and source.exists():
+                shutil.copytree(source, lake / table.name)
+
+
+def held(lake: Path, table: Table, version: int | None = None) -> Counter[tuple[str, str]]:
+    """(day, row as text) and how often it is there, without what says which run wrote it."""
+    if not delta.exists(str(lake), table):
+        return Counter()
+    columns = [name for name in table.schema.names if name not in UNTOLD]
+    rows = delta.read(str(lake), table, columns=columns, version=version).to_pylist()
+    return Counter((str(r.get("event_date")), str(r)) for r in rows)
+
+
+def days_of(rows: Counter[tuple[str, str]]) -> dict[str, frozenset[tuple[str, int]]]:
+    """What is held of each day that has any."""
+    found: dict[str, set[tuple[str, int]]] = {}
+    for (day, text), times in rows.items():
+        found.setdefault(day, set()).add((text, times))
+    return {day: frozenset(of) for day, of in found.items()}
+
+
+def half_days(lake: Path, table: Table, right: Sequence[Counter[tuple[str, str]]]) -> list[str]:
+    """What any version of a table has shown a reader of a day that is none of its right contents,
+    whole; and versions that do not read at all."""
+    found: list[str] = []
+    if not delta.exists(str(lake), table):
+        return found
+    allowed = [days_of(rows) for rows in right]
+    for version in range(delta.open_table(str(lake), table).version() + 1):
+        try:
+            shown = days_of(held(lake, table, version))
+        except Exception as error:
+            found.append(f"{table.name} version {version} does not read: {error}")
+            continue
+        for day, rows in shown.items():
+            if all(of.get(day, frozenset()) != rows for of in allowed):
+                found.append(f"{table.name} version {version}: half of {day}")
+    return found

@@ -1,0 +1,176 @@
+"""Events that come late, change or go: found by the next run, and no other day is touched or even
+read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import date, timedelta
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+import pytest
+from deltalake import DeltaTable, write_deltalake
+from pyspark.sql import SparkSession
+
+from pipelines import delta, tables
+from pipelines.days import Days, to_us
+from tests.jobs.test_build_jobs import (
+    FIRST,
+    LOG,
+    NEGATIVES,
+    SCHEMA,
+    Row,
+    Shop,
+    clicks,
+    content,
+    days_flags,
+    done,
+    row,
+    us,
+)
+
+SECOND, LAST = FIRST + timedelta(days=1), FIRST + timedelta(days=3)
+
+
+def one(day: date) -> Days:
+    return Days(day, day + timedelta(days=1))
+
+
+class Folder(Shop):
+    """A log in which each part is a file of its own."""
+
+    def start(self) -> Folder:
+        self.write([])
+        shutil.rmtree(self.log) if self.log.is_dir() else self.log.unlink()
+        for day in LOG:
+            self.add(
+                f"day {day}", [r for r in clicks() if us(day) <= r["shown_at"] < us(day, 86400)]
+            )
+        return self
+
+    def add(self, name: str, rows: list[Row]) -> Path | None:
+        """One more file; where it is, if the format lets us choose."""
+        table = pa.Table.from_pylist(rows, schema=SCHEMA)
+        if self.format == "delta":
+            if rows:
+                write_deltalake(self.log, table, mode="append")
+            return None
+        self.log.mkdir(exist_ok=True)
+        path = self.log / f"{name}.{self.format}"
+        pq.write_table(table, path) if self.format == "parquet" else pc.write_csv(table, path)
+        return path
+
+
+@pytest.fixture(params=["parquet", "delta", "csv"])
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    # Brackets are read as a pattern by delta-rs and by Spark's reader of many-line CSV.
+    name = "a [log] of 100%" if request.param == "parquet" else "a log, 100%"
+    return Folder(tmp_path / name, request.param).start()
+
+
+def planned(shop: Shop, lake: object) -> list[str]:
+    said = done("backfill", shop, lake, "--dry-run").out.splitlines()
+    return [line.strip() for line in said if "instances (" in line]
+
+
+CHANGED = (
+    "instances (raw log changed), streams (instances rewritten), samples (instances rewritten)"
+)
+
+
+def test_a_late_event_rebuilds_its_day_and_that_alone(
+    spark: SparkSession, log: Folder, tmp_path: Path
+) -> None:
+    lake = tmp_path / "lake"
+    said = done("build", log, lake).out
+    assert "iat backfill" not in said
+    assert planned(log, lake) == []
+    version = delta.open_table(str(lake), tables.instances(log.domain)).version()
+    log.add("late", [row("late", "7", us(SECOND, 99)), row("late", "8", us(LAST, 99))])
+    assert planned(log, lake) == [f"{SECOND}: {CHANGED}", f"{LAST}: {CHANGED}"]
+    # A build of one of them says that the other is left.
+    told = done("build", log, lake, *days_flags(one(LAST))).out
+    assert f"1 days built earlier have changed in the log since ({SECOND} the first)" in told
+    done("backfill", log, lake)
+    done("build", log, tmp_path / "anew")
+    assert content(lake, log.domain) == content(tmp_path / "anew", log.domain)
+    assert delta.open_table(str(lake), tables.instances(log.domain)).version() == version + 2
+    assert planned(log, lake) == []
+
+
+def test_the_same_events_in_other_files_change_nothing(
+    spark: SparkSession, log: Folder, tmp_path: Path
+) -> None:
+    done("build", log, tmp_path / "lake")
+    if log.format == "delta":
+        DeltaTable(log.log).optimize.compact()
+    else:
+        for file in log.log.iterdir():
+            file.unlink()
+        log.add("all", clicks()[::-1])
+    assert planned(log, tmp_path / "lake") == []
+
+
+def test_a_day_opens_no_file_of_another_day(
+    spark: SparkSession, log: Folder, tmp_path: Path
+) -> None:
+    lake = tmp_path / "lake"
+    done("build", log, lake, *days_flags(Days(FIRST, SECOND)))
+    held = sorted(file for file in log.log.glob("*.*") if file.is_file())
+    new = [row("new", "3", us(LOG.end, 5))]
+    log.add("tomorrow", new)
+    for file in held[1 if log.format == "parquet" else 0 :]:
+        # The same size and time, and nothing left but what tells Spark the columns: a line of names
+        # in CSV; the first file of Parquet, above.
+        stat, text = file.stat(), file.read_bytes()
+        names = text[: text.index(b"\n") + 1] if log.format == "csv" else b""
+        file.write_bytes(names.ljust(stat.st_size, b"\0"))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    done("build", log, lake, *days_flags(one(LOG.end)))
+    found = delta.read(str(lake), tables.instances(log.domain), one(LOG.end))
+    assert found["user_key"].to_pylist() == ["new"]
+
+
+def test_a_day_that_the_log_has_lost_is_emptied(spark: SparkSession, tmp_path: Path) -> None:
+    log, lake = Folder(tmp_path / "log").start(), tmp_path / "lake"
+    done("build", log, lake)
+    (log.log / f"day {LAST}.parquet").unlink()
+    done("backfill", log, lake)
+    assert delta.num_rows(str(lake), tables.instances(log.domain), one(LAST)) == {}
+    assert delta.num_rows(str(lake), tables.histories(log.domain), one(LAST)) == {}
+    assert planned(log, lake) == []
+
+
+def test_a_new_day_of_the_log_is_found(spark: SparkSession, tmp_path: Path) -> None:
+    log, lake = Folder(tmp_path / "log").start(), tmp_path / "lake"
+    done("build", log, lake, *days_flags(Days(SECOND, LAST)))
+    # Days before the first that was built are nobody's wish; days after it are.
+    (line,) = planned(log, lake)
+    assert line.startswith(f"{LAST}: instances (missing)")
+
+
+def test_a_label_that_matures_rewrites_its_day_and_is_unknown_until_its_time(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    late = '[[label]]\nname = "buy"\ncolumn = "price"\nat_least = 5\ndelay = "2d"\nwindow = "7d"'
+    log, lake = Folder(tmp_path / "log"), tmp_path / "lake"
+    log.write([], more=NEGATIVES)
+    text = Path(log.file).read_text().replace("[[feature]]", f"{late}\n[[feature]]", 1)
+    Path(log.file).write_text(text)
+    log.log.unlink()
+    for day in (FIRST, SECOND):
+        log.add(f"day {day}", [row("ann", "1", us(day), price=None), row("bob", "2", us(day, 1))])
+    done("build", log, lake)
+    before = content(lake, log.domain)["histories/shop"]
+    assert [r["label_buy"] for r in before if r["event_date"] == FIRST].count(None) == 1
+    log.add(f"day {FIRST}", [row("ann", "1", us(FIRST), price=9.0), row("bob", "2", us(FIRST, 1))])
+    assert planned(log, lake) == [f"{FIRST}: {CHANGED}"]
+    done("backfill", log, lake)
+    for table in ("histories/shop", "ranker_samples/shop"):
+        rows = [r for r in content(lake, log.domain)[table] if r["label_buy"] == 1]
+        (known,) = {to_us(r["label_time_buy"]) for r in rows}
+        assert known == us(FIRST) + 2 * 86_400_000_000
+        assert {r["event_date"] for r in rows} == {FIRST}
