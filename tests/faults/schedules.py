@@ -3,6 +3,7 @@ order days come, how small the disk is and how wrong the clock; and what the tab
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import subprocess
@@ -20,7 +21,14 @@ from pipelines.tables import Table
 from tests.faults.workers import Kind, Pool, Worker
 from tests.faults.world import DAYS, World, half_days, held, targets
 
-JOBS = ("build-instances", "build-streams", "build-samples", "build", "train-compressor")
+JOBS = (
+    "build-instances",
+    "build-streams",
+    "build-samples",
+    "build",
+    "backfill",
+    "train-compressor",
+)
 FAULTS = ("kill", "kill", "race", "order", "disk", "clock")
 """Kills twice as often as the others."""
 MOMENTS = ("any time", "before a commit", "after a commit")
@@ -194,6 +202,18 @@ class Schedule:
                     break
             else:
                 self.outcome.told.append(f"{command[0]} {command[1]} is never done")
+        if self.job in ("build", "backfill"):
+            self._nothing_left()
+
+    def _nothing_left(self) -> None:
+        """Every day counts as right."""
+        plan = self.lake.parent / "plan.json"
+        worker = self.pool.take(self.kind)
+        worker.give([*self.argv(("backfill", DAYS)), "--dry-run", "--json", str(plan)])
+        if self._said(worker, allowed=(DONE,)) == DONE:
+            steps = json.loads(plan.read_text())["steps"]
+            self.outcome.told += [f"{step['days']} is not right: {step['why']}" for step in steps]
+        self.pool.give_back(worker)
 
     def _killed(self, command: Command) -> None:
         worker = self.pool.take(self.kind)

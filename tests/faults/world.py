@@ -49,6 +49,7 @@ def targets(domain: Domain) -> dict[str, tuple[Table, ...]]:
         "build-streams": streams,
         "build-samples": samples,
         "build": (*instances, *streams, *samples),
+        "backfill": (*instances, *streams, *samples),
         "train-compressor": (*tokens, tables.compressor_versions()),
     }
 
@@ -79,7 +80,7 @@ class World:
         replaced = targets(self.domain)[job]
         for table in {t.name: t for of in targets(self.domain).values() for t in of}.values():
             source = self.lake("old" if table in replaced else "new") / table.name
-            is_needed = table in replaced or job not in ("build", "build-instances")
+            is_needed = table in replaced or job not in ("build", "backfill", "build-instances")
             if is_needed and source.exists():
                 shutil.copytree(source, lake / table.name)
 
