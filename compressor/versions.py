@@ -147,7 +147,13 @@ def load(
     trainer = Trainer.create(version.config, version.training, domain, vocabulary, device)
     rows = _moved_rows(old, vocabulary)
     grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
-    trainer.restore(grown)
+    try:
+        trainer.restore(grown)
+    except RuntimeError as error:
+        raise InputError(
+            f"version {version.name} does not fit the features of {domain.name}: {error}; it was "
+            "trained before the domain file changed. Train a new line, or give the file of then"
+        ) from error
     trainer.num_steps = meta["num_steps"]
     return trainer, vocabulary, version
 

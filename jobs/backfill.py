@@ -82,6 +82,7 @@ class Estimate(NamedTuple):
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
+    delta.check_features(args.lake, *(make(domain) for made in GROUPS.values() for make in made))
     days = asked(args.lake, domain, args.start, args.end)
     states = states_of(args.lake, domain, days)
     steps, without = plan(states, args.groups, args.days_at_once)

@@ -67,6 +67,7 @@ def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     # The domain file's own words are what a commit is of; the clock below never enters it.
     given = domain
+    delta.check_features(args.lake, tables.instances(domain))
     doing = f"building instances of {domain.name}"
     with ledger.job(args.lake, "build-instances", args) as run, explained(doing):
         spark = session(args.master)

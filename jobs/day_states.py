@@ -38,7 +38,8 @@ class Size(NamedTuple):
 
 def states_of(lake: str, domain: Domain, days: Days) -> States:
     """From the tables' logs alone; a group is as right as the worst of its tables."""
-    expected = Expected(ledger.config_of(domain), ledger.code_version())
+    code = ledger.code_version()
+    expected = Expected(ledger.config_of(domain), code, ledger.features_of(domain))
     instances = last_written(lake, tables.instances(domain))
     found: dict[Group, Mapping[date, str | None]] = {}
     for group, made in GROUPS.items():

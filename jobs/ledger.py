@@ -91,6 +91,7 @@ def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, 
         "code": code_version(),
         "domain": domain.name,
         "config": config_of(domain),
+        "features": json.dumps(features_of(domain), sort_keys=True),
         "inputs": json.dumps(dict(inputs), sort_keys=True, default=str),
     }
 
@@ -101,8 +102,25 @@ def code_version() -> str:
 
 
 def config_of(domain: Domain) -> str:
-    """What tells one state of a domain file from another."""
-    return hashlib.sha256(repr(domain).encode()).hexdigest()[:16]
+    """What tells one state of a domain file from another, as far as built days depend on it.
+
+    Keys, labels, negatives, what is from the future, how the log is read; features apart
+    (`features_of`). Not where the log is, so that it may be moved, nor the title, the share that
+    may be rejected, or when tokens are published: no built row depends on these.
+    """
+    parts = (domain.columns, domain.negatives, *domain.labels)
+    held = [dataclasses.asdict(part) if part is not None else None for part in parts]
+    source = domain.source
+    return _hash([domain.name, source.format, source.reader, domain.limits.latest, held])
+
+
+def features_of(domain: Domain) -> dict[str, str]:
+    """What tells one state of each feature from another, by name."""
+    return {f.name: _hash(dataclasses.asdict(f)) for f in domain.features}
+
+
+def _hash(held: object) -> str:
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:

@@ -156,6 +156,22 @@ class Feature:
         """The column's name in `instances` (readable) and in the streams (hashed or scaled)."""
         return f"f_{self.name}"
 
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a stored value of it is: with another meaning the same value would be another one.
+
+        Where the raw value is read from (`column`, `separator`) is not part of it.
+        """
+        found: dict[str, Any] = {"kind": self.kind, "side": self.side, "known": self.known}
+        if self.derive is not None:
+            found["derive"] = self.derive
+        if self.is_number:
+            return found | {
+                "transform": self.transform, "center": self.center, "scale": self.scale
+            }  # fmt: skip
+        found |= {"buckets": self.buckets, "table": self.embedding_table}
+        return found | {"max_length": self.max_length} if self.is_list else found
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Negatives:

@@ -32,6 +32,8 @@ class Expected(NamedTuple):
 
     config: str
     code: str
+    features: Mapping[str, str]
+    """By name; one that was added since may be missing in the commit."""
 
 
 def last_written(lake: str, table: Table) -> dict[date, Written]:
@@ -63,6 +65,9 @@ def why_again(
         return MISSING
     if last.commit.get("config") != expected.config:
         return "domain file changed"
+    for name, made in json.loads(last.commit.get("features", "{}")).items():
+        if expected.features.get(name) != made:
+            return f"feature {name} changed"
     if last.commit.get("code") != expected.code:
         return f"code changed from {last.commit.get('code')} to {expected.code}"
     for name, days in upstream.items():
