@@ -22,6 +22,7 @@ from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError
+from pipelines.names import checked_line
 
 STATUSES = ("candidate", "approved", "retired")
 
@@ -57,7 +58,8 @@ def folder(lake: str, line: str, name: str) -> Path:
             f"compressor weights are kept in a local lake for now; {lake} is an object store: pass "
             f"a local --lake"
         )
-    return Path(lake) / "artifacts" / "compressors" / line / name
+    parts = checked_line(line), checked_line(name, "compressor version")
+    return Path(lake, "artifacts", "compressors", *parts)
 
 
 def save(
@@ -96,7 +98,7 @@ def save(
         "artifact": str(place),
     }
     table = tables.compressor_versions()
-    where = "compressor_version = '{}'".format(version.name.replace("'", "''"))
+    where = f"compressor_version = '{checked_line(version.name, 'compressor version')}'"
     commit = {"job": "train-compressor", "line": version.line, "version": version.name}
     delta.replace(
         lake,

@@ -12,6 +12,7 @@ from pipelines import sources
 from pipelines.domain import Domain
 from pipelines.errors import InputError
 from pipelines.instances import BROKEN_ROW
+from pipelines.places import shown
 
 
 def open_events(
@@ -49,7 +50,7 @@ def open_events(
         raise InputError(f"{where} does not read as {kind}: {reason(str(error))}") from error
     if not events.columns:
         raise InputError(f"{where} is empty: a CSV file starts with the names of its columns")
-    return events, place
+    return events, shown(place)
 
 
 def _csv(spark: SparkSession, place: str) -> DataFrame:

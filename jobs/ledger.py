@@ -31,6 +31,7 @@ from deltalake.exceptions import DeltaError
 from pipelines import delta, tables
 from pipelines.domain import Domain
 from pipelines.errors import InputError, RetryableError
+from pipelines.places import shown_in
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
     try:
         yield run
     except BaseException as caught:
-        error = f"{type(caught).__name__}: {caught}"[:2000]
+        error = shown_in(f"{type(caught).__name__}: {caught}")[:2000]
         raise
     finally:
         wall_s = time.perf_counter() - start_s
@@ -92,7 +93,7 @@ def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, 
         "domain": domain.name,
         "config": config_of(domain),
         "features": json.dumps(features_of(domain), sort_keys=True),
-        "inputs": json.dumps(dict(inputs), sort_keys=True, default=str),
+        "inputs": json.dumps(_shown(dict(inputs)), sort_keys=True, default=str),
     }
 
 
@@ -212,7 +213,7 @@ def _write(
         "run": run.run,
         "started": started,
         "wall_s": wall_s,
-        "report": json.dumps(report, sort_keys=True, default=str),
+        "report": json.dumps(_shown(report), sort_keys=True, default=str),
     }
     # The predicate names this run alone: a race costs a retry and never another run's row.
     where = f"run_date = '{started.date()}' AND run = '{run.run}'"
@@ -221,6 +222,15 @@ def _write(
         delta.replace(lake, table, rows, None, commit={"job": run.job, "run": run.run}, where=where)
     except (RetryableError, InputError, DeltaError, OSError) as error:
         log.warning("this run is not in the ledger: %s", error)
+
+
+def _shown(held: Any) -> Any:
+    """The same with every place in it as people may see it."""
+    if isinstance(held, Mapping):
+        return {key: _shown(value) for key, value in held.items()}
+    if isinstance(held, list | tuple):
+        return [_shown(value) for value in held]
+    return shown_in(str(held)) if isinstance(held, str | Path) else held
 
 
 def _plain(args: object) -> Any:

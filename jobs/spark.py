@@ -36,6 +36,7 @@ from jobs.spark_progress import task_bar
 from pipelines import delta
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
+from pipelines.names import checked_line
 from pipelines.schema_changes import check_meanings
 from pipelines.tables import FEATURE, Table
 
@@ -136,7 +137,7 @@ class SparkTables:
     ) -> DataFrame:
         """The declared columns of `days` (None: all), of one compressor line if given; a feature
         that came later reads as missing in the days before it."""
-        path = self._path(table)
+        path = delta.uri(self.lake, table)
         if not DeltaTable.isDeltaTable(self.spark, path):
             raise InputError(
                 f"the lake {self.lake} has no table {table.name}; run the job that writes it first"
@@ -167,7 +168,7 @@ class SparkTables:
         A day is one sorted file, or `files_per_day` written side by side (split by the first sort
         column, so that a user's rows stay together), each cut at ROWS_PER_FILE.
         """
-        path = self._path(table)
+        path = delta.uri(self.lake, table)
         arranged = self._arranged(table, _as_declared(table, rows), days, files_per_day)
         writer = (
             arranged.write.format("delta")
@@ -190,11 +191,6 @@ class SparkTables:
                 return retried(commit_once, what=f"{table.name} {days}")
         except SPARK_ERRORS as error:
             raise _explained(error, table, days) from error
-
-    def _path(self, table: Table) -> str:
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", table.name):
-            raise InputError(f"{table.name!r} is no table name: letters, digits, _ - . and / only")
-        return delta.uri(self.lake, table)
 
     def _create_if_absent(self, table: Table, path: str) -> None:
         if DeltaTable.isDeltaTable(self.spark, path):
@@ -366,11 +362,7 @@ def _as_declared(table: Table, rows: DataFrame) -> DataFrame:
 def _predicate(days: Days | None, line: str | None) -> str:
     clauses = [days.predicate()] if days is not None else []
     if line is not None:
-        if not re.fullmatch(r"[\w.:@+-]+", line):
-            raise InputError(
-                f"{line!r} is no compressor line: letters, digits and _ . : @ + - only"
-            )
-        clauses.append(f"compressor_line = '{line}'")
+        clauses.append(f"compressor_line = '{checked_line(line)}'")
     return " AND ".join(clauses)
 
 

@@ -22,6 +22,7 @@ from deltalake.exceptions import (
 
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
+from pipelines.names import checked_line, checked_table
 from pipelines.schema_changes import added, check_all, check_meanings
 from pipelines.tables import FEATURE, Table
 
@@ -30,7 +31,7 @@ MAX_TRIES = 8
 
 def uri(lake: str, table: Table) -> str:
     """Where the table is: a path or an object-store URI below the lake."""
-    return f"{lake.rstrip('/')}/{table.name}"
+    return f"{lake.rstrip('/')}/{checked_table(table.name)}"
 
 
 def exists(lake: str, table: Table) -> bool:
@@ -207,7 +208,7 @@ def replace(
         _create(place, table)
     clauses = [days.predicate()] if days is not None else []
     if line is not None:
-        clauses.append("compressor_line = '{}'".format(line.replace("'", "''")))
+        clauses.append(f"compressor_line = '{checked_line(line)}'")
     if where is not None:
         clauses.append(where)
     ordered = rows.select(table.schema.names).cast(table.schema)

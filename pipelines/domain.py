@@ -120,6 +120,8 @@ class Feature:
 
     def __post_init__(self) -> None:
         _check_name("feature", self.name)
+        if self.table:
+            _check_name("feature table", self.table)
         where = f"feature {self.name!r}"
         for key, allowed in (
             ("kind", Kind),
@@ -334,9 +336,9 @@ def load(name_or_file: str) -> Domain:
     """The domain called `name_or_file`, or read from the TOML file of that path."""
     path = Path(name_or_file)
     if path.suffix != ".toml":
+        names = known_domains()
         path = Path(str(resources.files("pipelines.domains") / f"{name_or_file}.toml"))
-        if not path.is_file():
-            names = known_domains()
+        if name_or_file not in names:
             raise InputError(
                 f"no domain called {name_or_file!r}{suggest(name_or_file, names)}; known: "
                 f"{', '.join(names)}; or give a FILE.toml"
