@@ -22,6 +22,7 @@ from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError
+from pipelines.names import checked_line
 
 STATUSES = ("candidate", "approved", "retired")
 
@@ -57,7 +58,8 @@ def folder(lake: str, line: str, name: str) -> Path:
             f"compressor weights are kept in a local lake for now; {lake} is an object store: pass "
             f"a local --lake"
         )
-    return Path(lake) / "artifacts" / "compressors" / line / name
+    parts = checked_line(line), checked_line(name, "compressor version")
+    return Path(lake, "artifacts", "compressors", *parts)
 
 
 def save(
@@ -96,7 +98,7 @@ def save(
         "artifact": str(place),
     }
     table = tables.compressor_versions()
-    where = "compressor_version = '{}'".format(version.name.replace("'", "''"))
+    where = f"compressor_version = '{checked_line(version.name, 'compressor version')}'"
     commit = {"job": "train-compressor", "line": version.line, "version": version.name}
     delta.replace(
         lake,
@@ -147,7 +149,13 @@ def load(
     trainer = Trainer.create(version.config, version.training, domain, vocabulary, device)
     rows = _moved_rows(old, vocabulary)
     grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
-    trainer.restore(grown)
+    try:
+        trainer.restore(grown)
+    except RuntimeError as error:
+        raise InputError(
+            f"version {version.name} does not fit the features of {domain.name}: {error}; it was "
+            "trained before the domain file changed. Train a new line, or give the file of then"
+        ) from error
     trainer.num_steps = meta["num_steps"]
     return trainer, vocabulary, version
 

@@ -131,9 +131,15 @@ def load(folder: Path, name: str) -> Array:
     path = folder / f"{name}.npy"
     try:
         # Copy-on-write rather than read-only: torch warns of tensors over read-only memory.
-        return np.asarray(np.load(path, mmap_mode="c"))
-    except ValueError:
-        return np.asarray(np.load(path))  # an empty array cannot be mapped
+        return np.asarray(np.load(path, mmap_mode="c", allow_pickle=False))
+    except (ValueError, EOFError):
+        try:  # an empty array cannot be mapped
+            return np.asarray(np.load(path, allow_pickle=False))
+        except (ValueError, EOFError) as error:
+            raise InputError(
+                f"{path} is no array of numbers ({error}) and is not read: whatever would run code "
+                "is refused. Build what is in its folder again"
+            ) from error
 
 
 def load_line(folder: Path) -> LineArrays:

@@ -50,11 +50,11 @@ class Source:
 
     def batches(self, columns: list[str]) -> Any:
         """Record batches in an order that is the same each time."""
-        return self.opened.to_pyarrow_dataset().scanner(columns, filter=self.kept).to_batches()
+        return delta.scan(self.opened, self.table, columns, self.kept).to_batches()
 
     def rows(self, columns: list[str], buckets: Array) -> pa.Table:
         kept = self.kept & ds.field("user_bucket").isin(pa.array(buckets))
-        return self.opened.to_pyarrow_dataset().to_table(columns, filter=kept)
+        return delta.scan(self.opened, self.table, columns, kept).to_table()
 
 
 @dataclass(frozen=True)

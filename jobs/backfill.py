@@ -87,6 +87,7 @@ class Estimate(NamedTuple):
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
+    delta.check_features(args.lake, *(make(domain) for made in GROUPS.values() for make in made))
     marks = marks_of(args, domain)
     days = asked(args.lake, domain, args.start, args.end, marks)
     states = states_of(args.lake, domain, days, marks)

@@ -30,6 +30,7 @@ from pipelines.domain import load as load_domain
 from pipelines.errors import CheckFailedError, InputError
 from pipelines.instances import accepted, checked, rejected
 from pipelines.negatives import with_negatives
+from pipelines.places import shown
 from pipelines.raw_files import RawFiles
 
 log = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     # The domain file's own words are what a commit is of; the clock below never enters it.
     given = domain
+    delta.check_features(args.lake, tables.instances(domain))
     doing = f"building instances of {domain.name}"
     with ledger.job(args.lake, "build-instances", args) as run, explained(doing):
         spark = session(args.master)
@@ -85,12 +87,12 @@ def main(args: Args) -> dict[str, Any]:
         days = asked_days(found, args.lake, domain, args.start, args.end)
         result: dict[str, Any] = {
             "domain": domain.name,
-            "source": raw.place,
+            "source": shown(raw.place),
             "days": str(days),
             "events": found.num_events,
         }
         if not args.dry_run:
-            log.info("instances of %s in %s, from %s", domain.name, days, raw.place)
+            log.info("instances of %s in %s, from %s", domain.name, days, shown(raw.place))
             lake = SparkTables(spark, args.lake)
             events = raw.read(found.files_of(days, latest_of(domain)))
             marks = found.marks(latest_of(domain))

@@ -29,6 +29,7 @@ class Args(build_streams.Args):
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     source, table = tables.instances(domain), tables.ranker_samples(domain)
+    delta.check_features(args.lake, source, table)
     days, version = delta.days_of(args.lake, source, args.start, args.end)
     result: dict[str, Any] = {
         "domain": domain.name,

@@ -48,6 +48,8 @@ class Args:
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     source = tables.instances(domain)
+    made = (tables.temporal_order(domain), tables.user_order(domain), tables.histories(domain))
+    delta.check_features(args.lake, source, *made)
     days, version = delta.days_of(args.lake, source, args.start, args.end)
     result: dict[str, Any] = {
         "domain": domain.name,

@@ -19,6 +19,7 @@ from typing import Any
 import tyro
 
 from pipelines.errors import CheckFailedError, InputError, RetryableError
+from pipelines.places import shown_in
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "quickstart": (
@@ -106,11 +107,25 @@ JSON_KEYS: Mapping[str, str] = {
 """What --json FILE holds at its top, by command; --dry-run writes the part that is known."""
 
 DONE, CHECK_FAILED, WRONG_INPUT, RETRY = 0, 1, 2, 3
+FAILED = 1
+"""A fault of ours, with its traceback: what Python itself would leave with."""
+
+
+class Log(logging.Formatter):
+    """Lines of the log, without the secrets of a URI."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_in(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one sub-command and leave with its exit code."""
-    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    try:
+        code = run(list(sys.argv[1:] if argv is None else argv))
+    except Exception:
+        sys.stderr.write(shown_in(traceback.format_exc()))
+        code = FAILED
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -125,7 +140,9 @@ def run(argv: list[str]) -> int:
         return _refuse(
             f"no command called {name!r}{suggest(name, list(COMMANDS))}; `iat --help` lists them"
         )
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Log("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     target: Path | None = None
     try:
         module = importlib.import_module(COMMANDS[name][0])
@@ -218,12 +235,12 @@ def _os_error(name: str, error: OSError) -> int:
         error, FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError
     ):
         return _refuse(f"{error.strerror}: {error.filename}")
-    traceback.print_exc()
+    sys.stderr.write(shown_in(traceback.format_exc()))
     return RETRY
 
 
 def _refuse(message: str) -> int:
-    sys.stderr.write(f"iat: {message}\n")
+    sys.stderr.write(shown_in(f"iat: {message}\n"))
     return WRONG_INPUT
 
 

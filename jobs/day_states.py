@@ -39,7 +39,8 @@ class Size(NamedTuple):
 def states_of(lake: str, domain: Domain, days: Days, marks: Mapping[date, str] | None) -> States:
     """From the tables' logs and what the raw log holds of each day (None: not known); a group is as
     right as the worst of its tables."""
-    built = Expected(ledger.config_of(domain), ledger.code_version())
+    code = ledger.code_version()
+    built = Expected(ledger.config_of(domain), code, ledger.features_of(domain))
     instances = last_written(lake, tables.instances(domain))
     found: dict[Group, Mapping[date, str | None]] = {}
     for group, made in GROUPS.items():

@@ -140,9 +140,8 @@ def _readable(domain: Domain, lake: str, user_id: int, days: Days) -> dict[int, 
     if not delta.exists(lake, table):
         return {}
     wanted = ["instance_id", "item_key", *(f.stream_column for f in domain.side_features)]
-    dataset = delta.open_table(lake, table).to_pyarrow_dataset()
     kept = (ds.field("user_id") == user_id) & (ds.field("event_date") < days.end)
-    rows = dataset.to_table(wanted, filter=kept).to_pylist()
+    rows = delta.scan(delta.open_table(lake, table), table, wanted, kept).to_table().to_pylist()
     return {row.pop("instance_id"): row for row in rows}
 
 

@@ -31,6 +31,7 @@ from compressor.data import DAY_US
 from compressor.training import metrics
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.data import RankerData
+from downstream.index_arrays import load
 from downstream.samples import Samples
 from jobs import comparison, prepared
 from jobs.comparison import BASE, LINES, Arm, Predictions, SplitBy
@@ -139,7 +140,8 @@ class Results:
 
     def about(self, task: Task) -> dict[str, Any]:
         """What is said of a finished line or arm."""
-        found: dict[str, Any] = json.loads(np.load(self.path(task) / "about.npy").tobytes())
+        held = load(self.path(task), "about")
+        found: dict[str, Any] = json.loads(held.tobytes())
         return found
 
     def predictions(self, task: Task) -> Predictions:

@@ -31,6 +31,7 @@ from deltalake.exceptions import DeltaError
 from pipelines import delta, tables
 from pipelines.domain import Domain
 from pipelines.errors import InputError, RetryableError
+from pipelines.places import shown_in
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
     try:
         yield run
     except BaseException as caught:
-        error = f"{type(caught).__name__}: {caught}"[:2000]
+        error = shown_in(f"{type(caught).__name__}: {caught}")[:2000]
         raise
     finally:
         wall_s = time.perf_counter() - start_s
@@ -91,7 +92,8 @@ def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, 
         "code": code_version(),
         "domain": domain.name,
         "config": config_of(domain),
-        "inputs": json.dumps(dict(inputs), sort_keys=True, default=str),
+        "features": json.dumps(features_of(domain), sort_keys=True),
+        "inputs": json.dumps(_shown(dict(inputs)), sort_keys=True, default=str),
     }
 
 
@@ -101,8 +103,25 @@ def code_version() -> str:
 
 
 def config_of(domain: Domain) -> str:
-    """What tells one state of a domain file from another."""
-    return hashlib.sha256(repr(domain).encode()).hexdigest()[:16]
+    """What tells one state of a domain file from another, as far as built days depend on it.
+
+    Keys, labels, negatives, what is from the future, how the log is read; features apart
+    (`features_of`). Not where the log is, so that it may be moved, nor the title, the share that
+    may be rejected, or when tokens are published: no built row depends on these.
+    """
+    parts = (domain.columns, domain.negatives, *domain.labels)
+    held = [dataclasses.asdict(part) if part is not None else None for part in parts]
+    source = domain.source
+    return _hash([domain.name, source.format, source.reader, domain.limits.latest, held])
+
+
+def features_of(domain: Domain) -> dict[str, str]:
+    """What tells one state of each feature from another, by name."""
+    return {f.name: _hash(dataclasses.asdict(f)) for f in domain.features}
+
+
+def _hash(held: object) -> str:
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:
@@ -194,7 +213,7 @@ def _write(
         "run": run.run,
         "started": started,
         "wall_s": wall_s,
-        "report": json.dumps(report, sort_keys=True, default=str),
+        "report": json.dumps(_shown(report), sort_keys=True, default=str),
     }
     # The predicate names this run alone: a race costs a retry and never another run's row.
     where = f"run_date = '{started.date()}' AND run = '{run.run}'"
@@ -203,6 +222,15 @@ def _write(
         delta.replace(lake, table, rows, None, commit={"job": run.job, "run": run.run}, where=where)
     except (RetryableError, InputError, DeltaError, OSError) as error:
         log.warning("this run is not in the ledger: %s", error)
+
+
+def _shown(held: Any) -> Any:
+    """The same with every place in it as people may see it."""
+    if isinstance(held, Mapping):
+        return {key: _shown(value) for key, value in held.items()}
+    if isinstance(held, list | tuple):
+        return [_shown(value) for value in held]
+    return shown_in(str(held)) if isinstance(held, str | Path) else held
 
 
 def _plain(args: object) -> Any:

@@ -61,10 +61,10 @@ class Oracle:
         self.sql = duckdb.connect()
         self.run("SET enable_progress_bar = false")
         for name, found in opened.items():
-            self._register(name, found)
+            self._register(name, found, declared[name])
 
-    def _register(self, name: str, table: DeltaTable) -> None:
-        self.sql.register(name, table.to_pyarrow_dataset())
+    def _register(self, name: str, opened: DeltaTable, table: tables.Table) -> None:
+        self.sql.register(name, delta.dataset(opened, table))
 
     def is_current(self) -> bool:
         """Whether nobody has written the tables since they were opened."""
@@ -99,7 +99,8 @@ class Oracle:
         self.sql.register("chosen", pa.table({"k": np.arange(len(chosen)), "instance_id": chosen}))
         features = "".join(f", i.{f.stream_column}" for f in self.domain.side_features)
         hashed = "".join(
-            f", s.{f.stream_column} AS bucket_{f.name}" for f in self.domain.side_features
+            f", coalesce(s.{f.stream_column}, 0) AS bucket_{f.name}"
+            for f in self.domain.side_features
         )
         self.run(
             f"""CREATE OR REPLACE TEMP TABLE sample AS
@@ -205,7 +206,7 @@ class Oracle:
             queries.append(
                 f"""SELECT '{name}' AS field, value, min(bucket) AS bucket,
                     count(DISTINCT bucket) AS num, min(bucket) > 0 AS is_there
-                FROM (SELECT p.{name} AS value, h.{name} AS bucket
+                FROM (SELECT p.{name} AS value, coalesce(h.{name}, 0) AS bucket
                       FROM past p JOIN histories h ON h.instance_id = p.instance_id
                       UNION ALL SELECT {name}, bucket_{feature.name} FROM sample)
                 GROUP BY value"""

@@ -110,6 +110,9 @@ class Clock:
 
 
 def main(args: Args) -> dict[str, Any]:
+    # Before it is a Path, which makes a local folder of any URI.
+    if "://" in args.lake:
+        raise InputError(f"the quickstart writes to a local folder; got {args.lake}")
     domain = load_domain(args.domain)
     command = build_command(args, domain)
     if args.dry_run:
@@ -385,8 +388,6 @@ def as_text(found: Mapping[str, Any], proof: Mapping[str, Any], page: Path) -> s
 
 def _fresh(lake: Path) -> None:
     """An empty folder for the lake; one that no quickstart made is never removed."""
-    if "://" in str(lake):
-        raise InputError(f"the quickstart writes to a local folder; got {lake}")
     if lake.exists() and any(lake.iterdir()) and not (lake / MARK).is_file():
         raise InputError(
             f"{lake} is not empty and was not made by a quickstart; give another --lake, or build "

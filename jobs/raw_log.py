@@ -8,7 +8,7 @@ from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -40,48 +40,57 @@ class RawLog:
         return self.events.sparkSession
 
     def files(self) -> dict[str, str]:
-        """Every file with its stamp: once it holds something else, its stamp is another. No file is
-        opened."""
+        """Every file, named from the log's root on, with its stamp: once it holds something else,
+        its stamp is another. No file is opened."""
         if self.format == "delta":
             root, snapshot = self._snapshot()
             added = DataFrame(snapshot.allFiles().toDF(), self.spark)
             rows = added.select("path", "size", "modificationTime", "deletionVector.pathOrInlineDv")
             return {
-                f"{root}/{unquote(path)}": " ".join(str(x) for x in stamp if x is not None)
+                self.named(f"{root}/{path}"): " ".join(str(x) for x in stamp if x is not None)
                 for path, *stamp in rows.collect()
             }
-        listed = self.spark.read.format("binaryFile").load(literal(self.place))
-        rows = listed.select("path", "length", F.unix_micros("modificationTime"))
-        return {path: f"{length} {modified}" for path, length, modified in rows.collect()}
+        return {self.named(quote(path)): stamp for path, stamp in self._listed()}
 
     def read(self, files: Set[str]) -> DataFrame:
         """The events of some files, with the columns of the whole log."""
         if files >= self.files().keys():
             return self.events
         if self.format != "delta":
-            return self.reader.load([literal(file) for file in sorted(files)])
+            kept = sorted(path for path, _ in self._listed() if self.named(quote(path)) in files)
+            return self.reader.load(list(map(literal, kept)))
         root, snapshot = self._snapshot()
         every, java = snapshot.allFiles().collectAsList(), self._java
         some = java.java.util.ArrayList()
         for at in range(every.size()):
-            if f"{root}/{unquote(every.get(at).path())}" in files:
+            if self.named(f"{root}/{every.get(at).path()}") in files:
                 some.add(every.get(at))
         scala = java.scala.jdk.javaapi.CollectionConverters.asScala(some).toSeq()
         none = java.scala.Option.empty()
         frame = snapshot.deltaLog().createDataFrame(snapshot, scala, False, none)
         return DataFrame(frame, self.spark)
 
+    def named(self, uri: str) -> str:
+        """A file of the log by its path below the log's root: nothing that opens it."""
+        path, root = unquote(uri), urlsplit(self.place).path if "://" in self.place else self.place
+        return path.partition(root)[2].strip("/") or path.rpartition("/")[2]
+
+    def _listed(self) -> list[tuple[str, str]]:
+        listed = self.spark.read.format("binaryFile").load(literal(self.place))
+        rows = listed.select("path", "length", F.unix_micros("modificationTime"))
+        return [(path, f"{length} {modified}") for path, length, modified in rows.collect()]
+
     @property
     def _java(self) -> Any:
         return self.spark._jvm
 
     def _snapshot(self) -> tuple[str, Any]:
-        """The Delta table's folder, and its newest state."""
+        """The Delta table's folder, quoted as its files' paths are, and its newest state."""
         none = self._java.scala.Option.empty()
         log = self._java.org.apache.spark.sql.delta.DeltaLog.forTable(
             self.spark._jsparkSession, self.place
         )
-        return str(log.dataPath().toString()), log.update(False, none, none)
+        return quote(str(log.dataPath().toString())), log.update(False, none, none)
 
 
 def looked(log: RawLog, lake: str, domain: Domain, *, commit: Mapping[str, str] | None) -> RawFiles:
@@ -110,7 +119,7 @@ def _opened(log: RawLog, domain: Domain, files: Mapping[str, str]) -> list[dict[
     with task_bar(log.spark, f"new files of {domain.name}"):
         counted = days_in(log.read(files.keys()), domain).collect()
     empty = {"event_date": None, "num_events": 0, "content": Decimal(0)}
-    found = [row.asDict() | {"file": unquote(row["file"])} for row in counted]
+    found = [row.asDict() | {"file": log.named(row["file"])} for row in counted]
     without = files.keys() - {row["file"] for row in found}
     return [
         row | {"stamp": files[row["file"]]}

@@ -22,11 +22,12 @@ from urllib.parse import urlsplit
 import pyspark
 from delta import exceptions as conflicts
 from delta.tables import DeltaTable
+from deltalake.exceptions import CommitFailedError
 from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F  # noqa: N812
 from pyspark.sql.pandas.types import from_arrow_schema
-from pyspark.sql.types import StructType
+from pyspark.sql.types import StructField, StructType
 
 from jobs.jars import jar_paths
 from jobs.java import find_java
@@ -35,7 +36,9 @@ from jobs.spark_progress import task_bar
 from pipelines import delta
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
-from pipelines.tables import Table
+from pipelines.names import checked_line
+from pipelines.schema_changes import check_meanings
+from pipelines.tables import FEATURE, Table
 
 Written = TypeVar("Written")
 
@@ -45,6 +48,7 @@ ROWS_PER_FILE = 8_000_000
 LAST_COMMIT = "spark.databricks.delta.lastCommitVersionInSession"
 """Where Delta leaves the version it wrote; a look at the table could find another writer's."""
 CONFLICTS = (
+    CommitFailedError,
     conflicts.ConcurrentAppendException,
     conflicts.ConcurrentDeleteDeleteException,
     conflicts.ConcurrentDeleteReadException,
@@ -54,7 +58,8 @@ CONFLICTS = (
     conflicts.MetadataChangedException,
     conflicts.ProtocolChangedException,
 )
-"""Each is a class of its own in Python: delta-spark keeps no common ancestor."""
+"""Each is a class of its own in Python: delta-spark keeps no common ancestor. The first is what
+delta-rs raises, which adds columns."""
 
 EVERYWHERE = {
     "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
@@ -130,8 +135,9 @@ class SparkTables:
         line: str | None = None,
         version: int | None = None,
     ) -> DataFrame:
-        """The declared columns of `days` (None: all), of one compressor line if given."""
-        path = self._path(table)
+        """The declared columns of `days` (None: all), of one compressor line if given; a feature
+        that came later reads as missing in the days before it."""
+        path = delta.uri(self.lake, table)
         if not DeltaTable.isDeltaTable(self.spark, path):
             raise InputError(
                 f"the lake {self.lake} has no table {table.name}; run the job that writes it first"
@@ -143,7 +149,7 @@ class SparkTables:
         _check_stored_schema(table, rows.schema)
         if days is not None or line is not None:
             rows = rows.where(_predicate(days, line))
-        return rows.select(*map(_quoted, table.schema.names))
+        return rows.select(*(_read_as(table, rows, field) for field in _spark_schema(table)))
 
     def replace(
         self,
@@ -157,11 +163,12 @@ class SparkTables:
     ) -> int:
         """Makes `rows` the whole content of `days` (of one line), in one commit; gives the version.
 
-        Running it twice changes nothing; rows of other days are refused and nothing is written.
+        Running it twice changes nothing; rows of other days are refused and nothing is written. A
+        declared feature that the table lacks comes into it first.
         A day is one sorted file, or `files_per_day` written side by side (split by the first sort
         column, so that a user's rows stay together), each cut at ROWS_PER_FILE.
         """
-        path = self._path(table)
+        path = delta.uri(self.lake, table)
         arranged = self._arranged(table, _as_declared(table, rows), days, files_per_day)
         writer = (
             arranged.write.format("delta")
@@ -174,6 +181,7 @@ class SparkTables:
         def commit_once() -> int:
             # The empty table first, so that the predicate guards the first write too.
             self._create_if_absent(table, path)
+            delta.evolve(self.lake, table, commit=commit)
             self.spark.conf.unset(LAST_COMMIT)
             writer.save(path)
             return self._committed_version(path)
@@ -183,11 +191,6 @@ class SparkTables:
                 return retried(commit_once, what=f"{table.name} {days}")
         except SPARK_ERRORS as error:
             raise _explained(error, table, days) from error
-
-    def _path(self, table: Table) -> str:
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", table.name):
-            raise InputError(f"{table.name!r} is no table name: letters, digits, _ - . and / only")
-        return delta.uri(self.lake, table)
 
     def _create_if_absent(self, table: Table, path: str) -> None:
         if DeltaTable.isDeltaTable(self.spark, path):
@@ -304,13 +307,32 @@ def _stop(spark: SparkSession) -> None:
 
 
 def _spark_schema(table: Table) -> StructType:
-    return from_arrow_schema(table.schema)
+    schema = from_arrow_schema(table.schema)
+    for column, meaning in table.meanings.items():
+        schema[column].metadata = {FEATURE: meaning}
+    return schema
+
+
+def _read_as(table: Table, rows: DataFrame, field: StructField) -> Column:
+    """A declared column of stored rows; what a day does not have of it is missing."""
+    is_stored = field.name in rows.columns
+    value = F.col(_quoted(field.name)) if is_stored else F.lit(None).cast(field.dataType)
+    missing = table.missing(field.name)
+    if missing is not None:
+        value = F.coalesce(value, F.lit(missing).cast(field.dataType))
+    return value.alias(field.name)
 
 
 def _check_stored_schema(table: Table, stored: StructType) -> None:
-    """InputError when the table in the lake is not the one declared."""
-    found = {field.name: field.dataType.simpleString() for field in stored}
+    """InputError when the table in the lake is not the one declared; features may come and go."""
+    check_meanings(table, {field.name: field.metadata.get(FEATURE) for field in stored})
+    found = {
+        field.name: field.dataType.simpleString()
+        for field in stored
+        if field.name in table.schema.names or FEATURE not in field.metadata
+    }
     wanted = {field.name: field.dataType.simpleString() for field in _spark_schema(table)}
+    wanted = {n: kind for n, kind in wanted.items() if n in found or n not in table.meanings}
     if found == wanted:
         return
     missing = ", ".join(sorted(wanted.keys() - found.keys()))
@@ -340,11 +362,7 @@ def _as_declared(table: Table, rows: DataFrame) -> DataFrame:
 def _predicate(days: Days | None, line: str | None) -> str:
     clauses = [days.predicate()] if days is not None else []
     if line is not None:
-        if not re.fullmatch(r"[\w.:@+-]+", line):
-            raise InputError(
-                f"{line!r} is no compressor line: letters, digits and _ . : @ + - only"
-            )
-        clauses.append(f"compressor_line = '{line}'")
+        clauses.append(f"compressor_line = '{checked_line(line)}'")
     return " AND ".join(clauses)
 
 

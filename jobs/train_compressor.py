@@ -29,6 +29,7 @@ from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
+from pipelines.names import checked_line
 from pipelines.splits import users_kept
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class Args:
     def __post_init__(self) -> None:
         if not 0 < self.user_share <= 1:
             raise InputError(f"--user-share must be above 0 and at most 1, got {self.user_share}")
+        if self.line:
+            checked_line(self.line)
 
 
 def main(args: Args) -> dict[str, Any]:

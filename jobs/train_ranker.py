@@ -164,6 +164,12 @@ def load_data(args: Args, domain: Domain, days: Days, folder: Path) -> RankerDat
     lines = [args.line] if args.line else []
     if folder.exists():
         index = UserIndex.open(folder)
+        held, wanted = index.meta.side, [f.stream_column for f in domain.side_features]
+        if held != wanted:
+            raise InputError(
+                f"the index in {folder} was built with side information {held}, and {domain.name} "
+                f"now has {wanted}; give --index another folder"
+            )
     else:
         before = Days(FIRST_DAY, days.end)
         index = UserIndex.build(

@@ -235,8 +235,8 @@ def _disturb_items(
 
 
 def _rows(lake: str, table: Table, kept: ds.Expression) -> pa.Table:
-    found = delta.open_table(lake, table).to_pyarrow_dataset().to_table(filter=kept)
-    return found.select(table.schema.names).cast(table.schema)
+    found = delta.scan(delta.open_table(lake, table), table, table.schema.names, kept)
+    return found.to_table().cast(table.schema)
 
 
 def _write(lake: str, table: Table, columns: dict[str, Any]) -> None:

@@ -10,19 +10,28 @@ from datetime import date, timedelta
 from typing import Any
 
 import pyarrow as pa
-from deltalake import CommitProperties, DeltaTable, write_deltalake
-from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
+from deltalake.exceptions import (
+    CommitFailedError,
+    DeltaError,
+    SchemaMismatchError,
+    TableNotFoundError,
+)
 
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
-from pipelines.tables import Table
+from pipelines.names import checked_line, checked_table
+from pipelines.schema_changes import added, check_all, check_meanings
+from pipelines.tables import FEATURE, Table
 
 MAX_TRIES = 8
 
 
 def uri(lake: str, table: Table) -> str:
     """Where the table is: a path or an object-store URI below the lake."""
-    return f"{lake.rstrip('/')}/{table.name}"
+    return f"{lake.rstrip('/')}/{checked_table(table.name)}"
 
 
 def exists(lake: str, table: Table) -> bool:
@@ -108,21 +117,75 @@ def read(
     line: str | None = None,
     version: int | None = None,
 ) -> pa.Table:
-    """The rows of `days` (None: all), in the table's order; `line` keeps one compressor line."""
+    """The rows of `days` (None: all), in the table's order; `line` keeps one compressor line.
+
+    A feature that came later reads as missing in the days before it.
+    """
     filters: list[tuple[str, str, Any]] = []
     if days is not None:
         filters += [("event_date", ">=", days.start), ("event_date", "<", days.end)]
     if line is not None:
         filters.append(("compressor_line", "=", line))
-    dataset = open_table(lake, table, version).to_pyarrow_dataset()
+    opened = open_table(lake, table, version)
     wanted = list(columns) if columns is not None else list(table.schema.names)
     order = [c for c in ("event_date", *table.sort_by) if c in table.schema.names]
     hidden = [c for c in order if c not in wanted]
-    expression = _expression(filters)
-    rows = dataset.to_table(columns=[*wanted, *hidden], filter=expression)
+    rows = scan(opened, table, [*wanted, *hidden], _expression(filters)).to_table()
     rows = rows.sort_by([(c, "ascending") for c in order]) if order else rows
     schema = pa.schema([table.schema.field(c) for c in wanted])
     return rows.select(wanted).cast(schema)
+
+
+def scan(
+    opened: DeltaTable, table: Table, columns: Sequence[str], kept: ds.Expression | None = None
+) -> ds.Scanner:
+    """Declared columns of the rows that `kept` keeps, in no order; a feature that came later reads
+    as missing (`Table.missing`) in the days before it.
+
+    InputError where a stored feature means something else than declared.
+    """
+    check_meanings(table, stored_meanings(opened))
+    values: dict[str, ds.Expression] = {}
+    for column in columns:
+        value, missing = ds.field(column), table.missing(column)
+        if missing is not None:
+            value = pc.coalesce(value, pa.scalar(missing, table.schema.field(column).type))
+        values[column] = value
+    return dataset(opened, table).scanner(columns=values, filter=kept)
+
+
+def dataset(opened: DeltaTable, table: Table) -> ds.Dataset:
+    """The table's files; where a feature's column came later, or is not there yet, it is null."""
+    found = opened.to_pyarrow_dataset()
+    new = [table.schema.field(column) for column in added(table, stored_meanings(opened))]
+    return found.replace_schema(pa.schema([*found.schema, *new])) if new else found
+
+
+def stored_meanings(opened: DeltaTable) -> dict[str, str | None]:
+    """The table's columns, with what its features were declared to hold; None: not said."""
+    return {field.name: field.metadata.get(FEATURE) for field in opened.schema().fields}
+
+
+def check_features(lake: str, *asked: Table) -> None:
+    """InputError where days of these tables could not be written beside those that are there."""
+    for table in asked:
+        if exists(lake, table):
+            check_all(table, stored_meanings(open_table(lake, table)))
+
+
+def evolve(lake: str, table: Table, *, commit: Mapping[str, str]) -> None:
+    """Every declared feature has its column in the table, which exists; no file is written.
+
+    Errors: InputError where a feature is stored with another meaning, or no longer declared;
+    CommitFailedError where another writer was first (try again).
+    """
+    opened = open_table(lake, table)
+    stored = stored_meanings(opened)
+    check_all(table, stored)
+    new = [table.schema.field(column) for column in added(table, stored)]
+    if new:
+        fields = Schema.from_arrow(pa.schema(new)).fields
+        opened.alter.add_columns(fields, commit_properties=_said(commit))
 
 
 def replace(
@@ -138,23 +201,23 @@ def replace(
     """Make `rows` the whole content of `days` (of one line, or of a predicate `where`). Returns
     the version.
 
-    Running it twice changes nothing.
+    Running it twice changes nothing. A declared feature that the table lacks comes into it first.
     """
     place = uri(lake, table)
     if not DeltaTable.is_deltatable(place):
         _create(place, table)
     clauses = [days.predicate()] if days is not None else []
     if line is not None:
-        clauses.append("compressor_line = '{}'".format(line.replace("'", "''")))
+        clauses.append(f"compressor_line = '{checked_line(line)}'")
     if where is not None:
         clauses.append(where)
     ordered = rows.select(table.schema.names).cast(table.schema)
     if table.sort_by:
         ordered = ordered.sort_by([(c, "ascending") for c in (*table.partition_by, *table.sort_by)])
-    said = json.dumps(with_days(commit, days), sort_keys=True)
-    properties = CommitProperties(custom_metadata={"iat": said})
+    properties = _said(with_days(commit, days))
     for attempt in range(MAX_TRIES):
         try:
+            evolve(lake, table, commit=commit)
             write_deltalake(
                 place,
                 ordered,
@@ -169,11 +232,19 @@ def replace(
                     f"another writer kept winning {table.name} {days}: {error}"
                 ) from error
             time.sleep(random.uniform(0, 0.1 * 2**attempt))
+        except SchemaMismatchError as error:
+            # Perhaps a feature of another domain file, which came since the columns were compared.
+            check_features(lake, table)
+            raise InputError(f"{table.name} is stored with other columns: {error}") from error
         except OSError as error:
             raise RetryableError(f"could not write {table.name} {days}: {error}") from error
         except DeltaError as error:
             raise _as_ours(error, f"could not write {place}") from error
     raise AssertionError("unreachable")
+
+
+def _said(commit: Mapping[str, str]) -> CommitProperties:
+    return CommitProperties(custom_metadata={"iat": json.dumps(dict(commit), sort_keys=True)})
 
 
 def _create(where: str, table: Table) -> None:
@@ -197,8 +268,6 @@ def _as_ours(error: Exception, what: str) -> Exception:
 
 
 def _expression(filters: list[tuple[str, str, Any]]) -> Any:
-    import pyarrow.dataset as ds
-
     expression = None
     for name, operator, value in filters:
         column = ds.field(name)

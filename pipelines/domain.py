@@ -120,6 +120,8 @@ class Feature:
 
     def __post_init__(self) -> None:
         _check_name("feature", self.name)
+        if self.table:
+            _check_name("feature table", self.table)
         where = f"feature {self.name!r}"
         for key, allowed in (
             ("kind", Kind),
@@ -155,6 +157,22 @@ class Feature:
     def stream_column(self) -> str:
         """The column's name in `instances` (readable) and in the streams (hashed or scaled)."""
         return f"f_{self.name}"
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What a stored value of it is: with another meaning the same value would be another one.
+
+        Where the raw value is read from (`column`, `separator`) is not part of it.
+        """
+        found: dict[str, Any] = {"kind": self.kind, "side": self.side, "known": self.known}
+        if self.derive is not None:
+            found["derive"] = self.derive
+        if self.is_number:
+            return found | {
+                "transform": self.transform, "center": self.center, "scale": self.scale
+            }  # fmt: skip
+        found |= {"buckets": self.buckets, "table": self.embedding_table}
+        return found | {"max_length": self.max_length} if self.is_list else found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -318,9 +336,9 @@ def load(name_or_file: str) -> Domain:
     """The domain called `name_or_file`, or read from the TOML file of that path."""
     path = Path(name_or_file)
     if path.suffix != ".toml":
+        names = known_domains()
         path = Path(str(resources.files("pipelines.domains") / f"{name_or_file}.toml"))
-        if not path.is_file():
-            names = known_domains()
+        if name_or_file not in names:
             raise InputError(
                 f"no domain called {name_or_file!r}{suggest(name_or_file, names)}; known: "
                 f"{', '.join(names)}; or give a FILE.toml"

@@ -59,7 +59,7 @@ def draft(log: Log, *, name: str, path: str) -> Draft:
         *_features(log, facts, roles, found),
     ]  # fmt: skip
     if found.left_out:
-        why = [f"# {column}: {reason}" for column, reason in found.left_out.items()]
+        why = [f"# {_line(column)}: {reason}" for column, reason in found.left_out.items()]
         sections.append("\n".join(["# Left out:", *why]))
     found.text = "\n\n".join(sections) + "\n"
     return found
@@ -85,7 +85,7 @@ def _columns(log: Log, facts: Mapping[str, Facts], roles: Roles) -> str:
             lines.append(f"{key} = {_quoted(column)}  # {_seen(facts[column])}")
             continue
         fitting = ", ".join(n for n, f in facts.items() if options(f)) or "none has a fitting type"
-        lines.append(f'# {key} = ""  # FILL IN: no name told; candidates: {fitting}')
+        lines.append(f'# {key} = ""  # FILL IN: no name told; candidates: {_line(fitting)}')
     if roles.request:
         per_request = log.num_rows / max(facts[roles.request].distinct, 1)
         lines.append(f"request = {_quoted(roles.request)}  # {per_request:.1f} rows each")
@@ -248,7 +248,12 @@ def _seen(seen: Facts) -> str:
 
 
 def _short(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value).replace("\n", " ")
+    return f"{value:.6g}" if isinstance(value, float) else _line(str(value))
+
+
+def _line(text: str) -> str:
+    """On one line, so that it cannot end a comment; what cannot be printed is a space."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _label_name(column: str) -> str:
@@ -261,5 +266,5 @@ def _name(column: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A TOML string: JSON's are."""
-    return json.dumps(text, ensure_ascii=False)
+    """A TOML string: JSON's are, but for one sign."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -154,9 +154,12 @@ class _Raw:
         )
 
     def fingerprint(self) -> Column:
-        """A hash of the whole raw row (maps cannot be hashed), that a null cannot shift."""
-        values = [self._of(name)[0] for name, kind in self.types.items() if not _has_map(kind)]
-        return F.xxhash64(*values, *(value.isNull() for value in values))
+        """A hash of the whole raw row (maps cannot be hashed), that a null cannot shift, and a
+        column that is null not change."""
+        names = [name for name, kind in self.types.items() if not _has_map(kind)]
+        values = {name: self._of(name)[0] for name in names}
+        named = (F.when(v.isNotNull(), F.struct(F.lit(n), v)) for n, v in values.items())
+        return F.xxhash64(*named)
 
     def broken_rule(self) -> Column:
         """The first rule that the row breaks, null if none."""

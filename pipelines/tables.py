@@ -7,7 +7,10 @@ domain.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -27,6 +30,9 @@ TEMPORAL = ("event_time", "instance_id")
 NUM_BUCKETS = 16
 """User buckets: a user's rows are in bucket user_id mod this, in every table sorted by user."""
 USER_MAJOR = ("user_bucket", "user_id", "event_time", "instance_id")
+FEATURE = "iat.feature"
+"""Metadata of a feature's column, in the table's own schema: the feature's meaning, as JSON."""
+Column: TypeAlias = tuple[str, pa.DataType] | pa.Field
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,19 @@ class Table:
     partition_by: tuple[str, ...]
     sort_by: tuple[str, ...] = ()
 
+    @property
+    def meanings(self) -> dict[str, str]:
+        """What each feature's column holds, as JSON, by column."""
+        return {f.name: f.metadata[FEATURE.encode()].decode() for f in self.schema if _has(f)}
+
+    def missing(self, column: str) -> Any:
+        """What a day written before the column was there holds in it: what a null raw value gives.
+
+        A hashed value 0, a list of them none; every other one is null.
+        """
+        field = self.schema.field(column)
+        return {pa.int32(): 0, pa.list_(pa.int32()): []}.get(field.type) if _has(field) else None
+
 
 def instances(domain: Domain) -> Table:
     """One logged or sampled instance with readable feature values, labels and their label_time."""
@@ -47,7 +66,7 @@ def instances(domain: Domain) -> Table:
         ("user_key", pa.string()),
         ("item_key", pa.string()),
         ("request_key", pa.string()),
-        *((f.stream_column, _readable(f)) for f in domain.features),
+        *(_column(f, _readable(f)) for f in domain.features),
         *_labels(domain),
     ]
     return _daily(f"instances/{domain.name}", columns, key=("instance_id",), sort_by=TEMPORAL)
@@ -198,7 +217,7 @@ def job_reports() -> Table:
 
 def _daily(
     name: str,
-    columns: list[tuple[str, pa.DataType]],
+    columns: Sequence[Column],
     *,
     key: tuple[str, ...],
     sort_by: tuple[str, ...],
@@ -210,7 +229,7 @@ def _daily(
 
 def _by_line(
     name: str,
-    columns: list[tuple[str, pa.DataType]],
+    columns: Sequence[Column],
     *,
     key: tuple[str, ...],
     sort_by: tuple[str, ...],
@@ -224,9 +243,18 @@ def _by_line(
     )
 
 
-def _features(features: tuple[Feature, ...]) -> list[tuple[str, pa.DataType]]:
+def _features(features: tuple[Feature, ...]) -> list[pa.Field]:
     """Hashed categories (0: missing) and scaled numbers (null: missing)."""
-    return [(f.stream_column, _model_ready(f)) for f in features]
+    return [_column(f, _model_ready(f)) for f in features]
+
+
+def _column(feature: Feature, kind: pa.DataType) -> pa.Field:
+    meaning = json.dumps(feature.meaning, sort_keys=True)
+    return pa.field(feature.stream_column, kind, metadata={FEATURE: meaning})
+
+
+def _has(field: pa.Field) -> bool:
+    return FEATURE.encode() in (field.metadata or {})
 
 
 def _readable(feature: Feature) -> pa.DataType:
@@ -241,7 +269,7 @@ def _model_ready(feature: Feature) -> pa.DataType:
     return pa.list_(pa.int32()) if feature.is_list else pa.int32()
 
 
-def _labels(domain: Domain) -> list[tuple[str, pa.DataType]]:
+def _labels(domain: Domain) -> list[Column]:
     """0, 1 or null (unknown), and when each became known."""
     return [
         column

@@ -36,4 +36,5 @@ CREATE_FUNCTION = (
 
 def token_array(column: str) -> Column:
     """The named binary column of float16 tokens as array<float>; null stays null."""
-    return F.expr(EXPRESSION.format(token=f"`{column}`"))
+    quoted = "`" + column.replace("`", "``") + "`"
+    return F.expr(EXPRESSION.format(token=quoted))

@@ -37,6 +37,8 @@ class Expected(NamedTuple):
 
     config: str
     code: str
+    features: Mapping[str, str]
+    """By name; one that was added since may be missing in the commit."""
     marks: Mapping[date, str] | None = None
     """Of days of a table made of the raw log: what that holds now, as far as any run has looked."""
 
@@ -70,6 +72,9 @@ def why_again(
         return MISSING
     if last.commit.get("config") != expected.config:
         return "domain file changed"
+    for name, made in json.loads(last.commit.get("features", "{}")).items():
+        if expected.features.get(name) != made:
+            return f"feature {name} changed"
     if last.commit.get("code") != expected.code:
         return f"code changed from {last.commit.get('code')} to {expected.code}"
     if expected.marks is not None and last.mark(day) != expected.marks.get(day, ""):

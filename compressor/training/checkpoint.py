@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -50,6 +51,11 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(folder / "tensors.safetensors"), meta(folder)
     except FileNotFoundError as error:
         raise _missing(folder) from error
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder / 'tensors.safetensors'} is no safetensors file ({error}); no other kind is "
+            "read, for loading it could run code. Train again, or copy the checkpoint again"
+        ) from error
 
 
 def meta(folder: Path) -> dict[str, Any]:

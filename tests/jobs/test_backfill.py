@@ -51,7 +51,7 @@ def one(day: date) -> Days:
 
 
 def test_a_day_is_right_only_as_its_inputs_file_and_code_made_it() -> None:
-    expected = Expected("file 2", "1.1")
+    expected = Expected("file 2", "1.1", {"item": "a", "brand": "b"})
     said = {"config": "file 2", "code": "1.1", "inputs": json.dumps({"instances": 7})}
 
     def why(upstream: Mapping[date, Written], **changed: str) -> str | None:
@@ -63,6 +63,9 @@ def test_a_day_is_right_only_as_its_inputs_file_and_code_made_it() -> None:
     assert why({SECOND: Written(9, {})}) is None  # another day's rows
     assert why({FIRST: Written(8, {})}) == "instances rewritten"
     assert why({}, config="file 1") == "domain file changed"
+    assert why({}, features=json.dumps({"item": "a"})) is None  # the brand was added since
+    assert why({}, features=json.dumps({"item": "x"})) == "feature item changed"
+    assert why({}, features=json.dumps({"item": "a", "color": "c"})) == "feature color changed"
     assert why({}, code="1.0") == "code changed from 1.0 to 1.1"
     assert why_again(SECOND, {FIRST: Written(3, said)}, expected, {}) == MISSING
 
