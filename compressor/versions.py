@@ -66,6 +66,7 @@ def save(
     trainer: Trainer,
     vocabulary: Vocabulary,
     metrics: Mapping[str, Any],
+    commit: Mapping[str, str],
 ) -> Path:
     """Weights first, then the row that names them: a killed save leaves no row without weights."""
     place = folder(lake, version.line, version.name)
@@ -97,7 +98,6 @@ def save(
     }
     table = tables.compressor_versions()
     where = "compressor_version = '{}'".format(version.name.replace("'", "''"))
-    commit = {"job": "train-compressor", "line": version.line, "version": version.name}
     delta.replace(
         lake,
         table,
@@ -105,7 +105,7 @@ def save(
         None,
         line=version.line,
         where=where,
-        commit=commit,
+        commit={**commit, "line": version.line, "compressor_version": version.name},
     )
     return place
 

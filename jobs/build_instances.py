@@ -28,6 +28,7 @@ from pipelines.domain import load as load_domain
 from pipelines.errors import CheckFailedError, InputError
 from pipelines.instances import accepted, checked, extent, rejected
 from pipelines.negatives import with_negatives
+from pipelines.places import shown
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +81,15 @@ def main(args: Args) -> dict[str, Any]:
         days, num_events = asked_days(events, domain, args.start, args.end)
         result: dict[str, Any] = {
             "domain": domain.name,
-            "source": place,
+            "source": shown(place),
             "days": str(days),
             "events": num_events,
         }
         if not args.dry_run:
-            log.info("instances of %s in %s, from %s", domain.name, days, place)
+            log.info("instances of %s in %s, from %s", domain.name, days, shown(place))
             lake = SparkTables(spark, args.lake)
-            commit = ledger.commit_of(run, given, {"source": place})
-            result |= build(lake, events, domain, days, num_events, commit=commit, run=run.run)
+            commit = ledger.commit_of(run, given, {"source": shown(place)})
+            result |= build(lake, events, domain, days, num_events, commit=commit, run=run)
             run.add(rows=result["instances"])
     sys.stdout.write(as_text(result))
     return result
@@ -102,7 +103,7 @@ def build(
     num_events: int,
     *,
     commit: Mapping[str, str],
-    run: str,
+    run: ledger.Run,
 ) -> dict[str, Any]:
     """Write quarantine, then instances; returns counts of what was kept and rejected.
 
@@ -119,13 +120,16 @@ def build(
             if row["rule"] is not None:
                 rules[row["rule"]] += row["count"]
         num_dayless = sum(row["count"] for row in counted if not row["has_day"])
-        lake.replace(tables.quarantine(domain), rejected(rows, run=run), days, commit=commit)
+        quarantine = tables.quarantine(domain)
+        bad = rejected(rows, run=run.run)
+        run.outputs[quarantine.name] = lake.replace(quarantine, bad, days, commit=commit)
         check_share(
             domain, rules, lake.lake, num_kept=num_kept, num_dayless=num_dayless,
             num_events=num_events,
         )  # fmt: skip
         instances = with_negatives(accepted(rows, domain), domain)
         version = lake.replace(tables.instances(domain), instances, days, commit=commit)
+        run.outputs[tables.instances(domain).name] = version
     finally:
         rows.unpersist()
     per_day = delta.num_rows(lake.lake, tables.instances(domain), days, version=version)

@@ -26,6 +26,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import SparkSession
 
+from jobs import lineage
 from jobs.cli import run
 from jobs.spark import SparkTables
 from jobs.spark_faults import as_ours
@@ -285,6 +286,11 @@ def test_a_commit_says_which_run_wrote_it_from_what(built: Built, shop: Shop) ->
         assert (told["start"], told["end"]) == (str(LOG.start), str(LOG.end))
         of_run = {"job", "run", "code", "domain", "config", "inputs"}
         assert told.keys() == of_run | {"start", "end"}
+    found = lineage.main(lineage.Args(table="user_order/shop", lake=built.lake, day=FIRST))
+    assert [(x["table"], x["version"], x["run"], x["source"]) for x in found["commits"]] == [
+        ("user_order/shop", 1, runs["build-streams"], None),
+        ("instances/shop", 1, runs["build-instances"], str(shop.log)),
+    ]
 
 
 def test_days_out_of_order_and_twice_give_the_same_tables(
