@@ -26,7 +26,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import SparkSession
 
-from jobs import lineage
+from jobs import check_tables, lineage
 from jobs.cli import run
 from jobs.spark import SparkTables
 from jobs.spark_faults import as_ours
@@ -238,6 +238,8 @@ def test_every_table_is_of_the_same_instances(built: Built, shop: Shop) -> None:
     rows = delta.read(built.lake, tables.instances(domain)).to_pylist()
     real = sorted(row["instance_id"] for row in rows if not row["is_sampled"])
     assert ids(built.lake, tables.histories(domain)) == real
+    found = check_tables.main(check_tables.Args(domain=shop.file, lake=built.lake))
+    assert (found["findings"], len(found["tables"])) == ([], len(ALL) + 1)
 
 
 def test_spark_and_delta_rs_read_the_same(built: Built, shop: Shop, spark: SparkSession) -> None:
