@@ -34,4 +34,4 @@ faults: setup ## every job killed, raced, reordered, out of disk and with wrong 
 # --universal: one file for every Python from 3.11 on; --no-emit-index-url: it names no host.
 LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: setup ## resolve requirements.lock again, within pyproject.toml's ranges
-	@$(LOCK) --upgrade --extra spark --extra torch --extra data --extra dev pyproject.toml --output-file requirements.lock
+	@$(LOCK) --upgrade --extra spark --extra torch --extra data --extra lineage --extra dev pyproject.toml --output-file requirements.lock

@@ -13,7 +13,7 @@ from compressor import codecs, item_tokens
 from compressor.data import StreamData
 from compressor.walk import DayResult
 from pipelines import delta, tables
-from pipelines.days import Days, as_date, midnight
+from pipelines.days import Days, as_date, as_number, midnight
 from pipelines.domain import Domain
 from pipelines.token_format import TokenFormat, declare
 
@@ -31,6 +31,8 @@ class TokenWriter:
     pending: list[DayResult] = field(default_factory=list)
     items: item_tokens.ItemState | None = None
     num_tokens: int = 0
+    written: dict[str, int] = field(default_factory=dict)
+    """Versions that the last flush made of the tables."""
 
     def add(self, result: DayResult) -> None:
         self.pending.append(result)
@@ -54,17 +56,13 @@ class TokenWriter:
             token_parts.append(self._instance_rows(result, version))
             item_parts.append(self._item_rows(result, version))
             self.num_tokens += len(result.event_row)
-        delta.replace(
-            self.lake,
-            instance,
-            pa.concat_tables(token_parts),
-            days,
-            line=self.line,
-            commit=self.commit,
-        )
-        delta.replace(
-            self.lake, item, pa.concat_tables(item_parts), days, line=self.line, commit=self.commit
-        )
+        # A streaming line keeps the weights of its last flushed day.
+        kept = frozen_version or f"{self.line}@{as_date(as_number(days.end) - 1)}"
+        commit = {**self.commit, "line": self.line, "compressor_version": kept}
+        for table, parts in ((instance, token_parts), (item, item_parts)):
+            self.written[table.name] = delta.replace(
+                self.lake, table, pa.concat_tables(parts), days, line=self.line, commit=commit
+            )
         self.pending.clear()
 
     def _available(self, day: int) -> datetime:

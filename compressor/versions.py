@@ -68,6 +68,7 @@ def save(
     trainer: Trainer,
     vocabulary: Vocabulary,
     metrics: Mapping[str, Any],
+    commit: Mapping[str, str],
 ) -> Path:
     """Weights first, then the row that names them: a killed save leaves no row without weights."""
     place = folder(lake, version.line, version.name)
@@ -99,7 +100,6 @@ def save(
     }
     table = tables.compressor_versions()
     where = f"compressor_version = '{checked_line(version.name, 'compressor version')}'"
-    commit = {"job": "train-compressor", "line": version.line, "version": version.name}
     delta.replace(
         lake,
         table,
@@ -107,7 +107,7 @@ def save(
         None,
         line=version.line,
         where=where,
-        commit=commit,
+        commit={**commit, "line": version.line, "compressor_version": version.name},
     )
     return place
 

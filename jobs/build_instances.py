@@ -82,7 +82,7 @@ def main(args: Args) -> dict[str, Any]:
         )  # fmt: skip
         if args.end is None:
             domain = without_future(domain)
-        commit = ledger.commit_of(run, given, {"source": raw.place})
+        commit = ledger.commit_of(run, given, {"source": shown(raw.place)})
         found = raw_log.looked(raw, args.lake, domain, commit=None if args.dry_run else commit)
         days = asked_days(found, args.lake, domain, args.start, args.end)
         result: dict[str, Any] = {
@@ -97,9 +97,7 @@ def main(args: Args) -> dict[str, Any]:
             events = raw.read(found.files_of(days, latest_of(domain)))
             marks = found.marks(latest_of(domain))
             commit |= {"raw": json.dumps({str(d): marks[d] for d in days if d in marks})}
-            result |= build(
-                lake, events, domain, days, found.num_events, commit=commit, run=run.run
-            )
+            result |= build(lake, events, domain, days, found.num_events, commit=commit, run=run)
             result |= {"changed_days": changed_days(args.lake, domain, marks)}
             run.add(rows=result["instances"])
     sys.stdout.write(as_text(result))
@@ -114,7 +112,7 @@ def build(
     num_events: int,
     *,
     commit: Mapping[str, str],
-    run: str,
+    run: ledger.Run,
 ) -> dict[str, Any]:
     """Write quarantine, then instances; returns counts of what was kept and rejected.
 
@@ -131,13 +129,16 @@ def build(
             if row["rule"] is not None:
                 rules[row["rule"]] += row["count"]
         num_dayless = sum(row["count"] for row in counted if not row["has_day"])
-        lake.replace(tables.quarantine(domain), rejected(rows, run=run), days, commit=commit)
+        quarantine = tables.quarantine(domain)
+        bad = rejected(rows, run=run.run)
+        run.outputs[quarantine.name] = lake.replace(quarantine, bad, days, commit=commit)
         check_share(
             domain, rules, lake.lake, num_kept=num_kept, num_dayless=num_dayless,
             num_events=num_events,
         )  # fmt: skip
         instances = with_negatives(accepted(rows, domain), domain)
         version = lake.replace(tables.instances(domain), instances, days, commit=commit)
+        run.outputs[tables.instances(domain).name] = version
     finally:
         rows.unpersist()
     per_day = delta.num_rows(lake.lake, tables.instances(domain), days, version=version)

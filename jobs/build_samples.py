@@ -45,6 +45,7 @@ def main(args: Args) -> dict[str, Any]:
         ready = model_ready(lake.read(source, days, version=version), domain)
         commit = ledger.commit_of(run, domain, result["input_versions"])
         written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
+        run.outputs[table.name] = written
         is_sampled = delta.read(args.lake, table, days, columns=["is_sampled"], version=written)
         result |= {
             "rows": len(is_sampled),

@@ -61,14 +61,20 @@ def main(args: Args) -> dict[str, Any]:
         with ledger.job(args.lake, "build-streams", args) as run, explained(doing):
             commit = ledger.commit_of(run, domain, result["input_versions"])
             lake = SparkTables(session(args.master), args.lake)
-            result |= {"rows": build(lake, domain, days, version, commit=commit)}
+            result |= {"rows": build(lake, domain, days, version, commit=commit, run=run)}
             run.add(rows=result["rows"][tables.user_order(domain).name])
     sys.stdout.write(as_text(result))
     return result
 
 
 def build(
-    lake: SparkTables, domain: Domain, days: Days, version: int, *, commit: Mapping[str, str]
+    lake: SparkTables,
+    domain: Domain,
+    days: Days,
+    version: int,
+    *,
+    commit: Mapping[str, str],
+    run: ledger.Run,
 ) -> dict[str, int]:
     """Replace the days of all three tables; returns the rows that each now has in them."""
     instances = lake.read(tables.instances(domain), days, version=version)
@@ -80,7 +86,7 @@ def build(
     )
     found: dict[str, int] = {}
     for table, rows in wanted:
-        written = lake.replace(table, rows, days, commit=commit)
+        written = run.outputs[table.name] = lake.replace(table, rows, days, commit=commit)
         found[table.name] = sum(delta.num_rows(lake.lake, table, days, version=written).values())
     return found
 

@@ -48,6 +48,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.backfill",
         "find missing and stale days, say what would be written, write it",
     ),
+    "check": (
+        "jobs.check_tables",
+        "expectations of every table: keys, order, labels, tokens, the week before",
+    ),
+    "lineage": (
+        "jobs.lineage",
+        "what a table or a day was made of: versions, job, run, domain file, code",
+    ),
     "train-compressor": (
         "jobs.train_compressor",
         "train a source model; streaming: walk the days and write their tokens",
@@ -92,6 +100,10 @@ JSON_KEYS: Mapping[str, str] = {
     "status": "domain, days, tables (by group: right, again (reason by day)), quarantined (by day)",
     "backfill": "domain, days, steps (days, why), without_instances, estimate (rows, bytes, "
     "seconds), failed (by days)",
+    "check": "domain, days, tables (versions), limits, passed, failed, warnings, findings (table, "
+    "day, line, level, rule, says, count, rows (some of them))",
+    "lineage": "table, day, roots (table, version), commits (table, version, days, job, run, code, "
+    "config, domain, line, compressor_version, source, made_of (table, version))",
     "train-compressor": "line, version, days, rows, tokens, width, source_auc (streaming) or loss "
     "(frozen)",
     "write-tokens": "line, version, days, width, tokens",

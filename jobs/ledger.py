@@ -28,6 +28,7 @@ from typing import Any
 import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
+from jobs.lineage_events import Events
 from pipelines import delta, tables
 from pipelines.domain import Domain
 from pipelines.errors import InputError, RetryableError
@@ -49,13 +50,18 @@ PACKAGES = (
 
 @dataclass(slots=True)
 class Run:
-    """A job run being measured; the job adds what only it knows: rows, bytes, further figures."""
+    """A job run being measured; the job adds what only it knows: rows, bytes, further figures, the
+    tables that it read and wrote."""
 
     job: str
     run: str
     rows: int | None = None
     bytes: int | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """Versions of the tables read, by name; a raw log's place."""
+    outputs: dict[str, int] = field(default_factory=dict)
+    """Versions that the run made of its tables."""
 
     def add(self, *, rows: int = 0, num_bytes: int = 0) -> None:
         """Count `rows` more instances and `num_bytes` more bytes stored for them."""
@@ -67,9 +73,14 @@ class Run:
 def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
     """Measures the block and writes its row, also when the block fails; a dry run writes nothing.
 
-    A ledger that cannot be written is logged and never fails a job whose own work is done.
+    A ledger that cannot be written is logged and never fails a job whose own work is done; nor do
+    the run's lineage events, which are sent where OpenLineage is configured.
     """
     run = Run(name, uuid.uuid4().hex)
+    is_dry = getattr(args, "dry_run", False)
+    events = None if is_dry else Events(lake, name, run.run, getattr(args, "domain", ""))
+    if events:
+        events.start()
     started, start_s, start_cpu_s = datetime.now(UTC), time.perf_counter(), time.process_time()
     error: str | None = None
     try:
@@ -80,12 +91,14 @@ def job(lake: str, name: str, args: object = None) -> Iterator[Run]:
     finally:
         wall_s = time.perf_counter() - start_s
         report = _report(run, _plain(args), error, wall_s, time.process_time() - start_cpu_s)
-        if not getattr(args, "dry_run", False):
+        if events:
             _write(lake, run, started, wall_s, report)
+            events.end(run.inputs, run.outputs, error)
 
 
-def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, str]:
+def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any], **more: str) -> dict[str, str]:
     """What a commit of this run says of itself: job, run, code, domain file, what it read."""
+    run.inputs |= inputs
     return {
         "job": run.job,
         "run": run.run,
@@ -94,6 +107,7 @@ def commit_of(run: Run, domain: Domain, inputs: Mapping[str, Any]) -> dict[str, 
         "config": config_of(domain),
         "features": json.dumps(features_of(domain), sort_keys=True),
         "inputs": json.dumps(_shown(dict(inputs)), sort_keys=True, default=str),
+        **more,
     }
 
 

@@ -90,12 +90,12 @@ class Args:
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     with ledger.job(args.lake, "train-compressor", args) as run:
-        result = train(args, domain)
+        result = train(args, domain, run)
         run.add(rows=result["rows"], num_bytes=result["tokens"] * 2 * result["width"])
     return result
 
 
-def train(args: Args, domain: Domain) -> dict[str, Any]:
+def train(args: Args, domain: Domain, run: ledger.Run) -> dict[str, Any]:
     device = device_of(args.device)
     parent = _parent(args)
     order = parent["order"] if parent else args.order
@@ -134,25 +134,21 @@ def train(args: Args, domain: Domain) -> dict[str, Any]:
     trainer, vocabulary, manifest, done = _begin(args, domain, manifest, days, vocabulary, device)
     summary["width"] = manifest.config.bottleneck
     data = streams.load(rows, domain, vocabulary, device)
+    commit = ledger.commit_of(run, domain, manifest.input_versions, seed=str(args.seed))
     if args.protocol == "frozen":
         figures = _frozen(trainer, data, days, args)
         name = f"{line}@{days.end}"
-        versions.save(args.lake, replace(manifest, name=name), trainer, vocabulary, figures)
+        versions.save(args.lake, replace(manifest, name=name), trainer, vocabulary, figures, commit)
         return {**summary, "version": name, **figures}
     if done == days.end:
         log.info("%s is written up to %s: nothing is left to do", line, days.end)
         name = _day_version(line, done)
         return {**summary, "version": name, **json.loads(versions.find(args.lake, name)["metrics"])}
-    commit = {
-        "job": "train-compressor",
-        "line": line,
-        "input": stream.name,
-        "input_version": str(version),
-        "seed": str(args.seed),
-    }
     writer = TokenWriter(args.lake, domain, line, data, manifest.config.bottleneck, commit)
     left = Days(done, days.end)
-    return summary | _streaming(trainer, data, left, args, writer, manifest, vocabulary)
+    summary |= _streaming(trainer, data, left, args, writer, manifest, vocabulary)
+    run.outputs |= writer.written
+    return summary
 
 
 def _parent(args: Args) -> dict[str, Any] | None:
@@ -239,10 +235,10 @@ def _streaming(
             bar.update()
         writer.flush(chunk)
         done = replace(manifest, name=_day_version(manifest.line, chunk.end), end=chunk.end)
-        versions.save(args.lake, done, trainer, vocabulary, {})
+        versions.save(args.lake, done, trainer, vocabulary, {}, writer.commit)
     bar.close()
     figures = source_metrics(data, results)
-    versions.save(args.lake, done, trainer, vocabulary, figures)
+    versions.save(args.lake, done, trainer, vocabulary, figures, writer.commit)
     return {"version": done.name, "tokens": writer.num_tokens, **figures}
 
 

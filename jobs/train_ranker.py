@@ -133,6 +133,7 @@ def main(args: Args) -> dict[str, Any]:
         report = write(args, domain, data, result, days)
         row.add(rows=result.trainer.num_rows)
         row.figures |= report["metrics"]
+        row.inputs |= report["input_versions"]
     sys.stdout.write(as_text(report))
     return report
 

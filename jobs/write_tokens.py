@@ -76,12 +76,7 @@ def main(args: Args) -> dict[str, Any]:
             args.lake, args.version, domain, device_of(args.device)
         )
         stream_version = delta.open_table(args.lake, stream).version()
-        commit = {
-            "job": "write-tokens",
-            "version": version.name,
-            "input": stream.name,
-            "input_version": str(stream_version),
-        }
+        commit = ledger.commit_of(run, domain, {stream.name: stream_version})
         num_tokens = 0
         writer = None
         for chunk in tqdm(list(days.chunks(FLUSH_DAYS)), desc="tokens", unit="month"):
@@ -112,6 +107,7 @@ def main(args: Args) -> dict[str, Any]:
                 )
             writer.flush(chunk, frozen_version=version.name)
             num_tokens += writer.num_tokens
+            run.outputs |= writer.written
         run.add(rows=num_tokens, num_bytes=num_tokens * 2 * version.config.bottleneck)
     log.info("%d tokens of %s in %s", num_tokens, domain.name, days)
     return {**summary, "tokens": num_tokens}

@@ -214,6 +214,8 @@ def replace(
     ordered = rows.select(table.schema.names).cast(table.schema)
     if table.sort_by:
         ordered = ordered.sort_by([(c, "ascending") for c in (*table.partition_by, *table.sort_by)])
+        # One chunk: the writer takes chunks in any order.
+        ordered = ordered.combine_chunks()
     properties = _said(with_days(commit, days))
     for attempt in range(MAX_TRIES):
         try:

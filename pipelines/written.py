@@ -4,7 +4,7 @@ whether that is still right."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -46,10 +46,28 @@ class Expected(NamedTuple):
 def last_written(lake: str, table: Table) -> dict[date, Written]:
     """The last commit of each day that a commit of ours has replaced, empty days too; read from the
     table's log alone."""
-    found: dict[date, Written] = {}
     if not delta.exists(lake, table):
-        return found
-    for version, commit in delta.commits(delta.open_table(lake, table)):
+        return {}
+    return days_written(delta.commits(delta.open_table(lake, table)))
+
+
+def days_written(
+    commits: Iterable[tuple[int, Mapping[str, str]]],
+    *,
+    line: str | None = None,
+    until: int | None = None,
+) -> dict[date, Written]:
+    """Of a table's commits, newest first: the last of each day.
+
+    Args:
+        line: leave out those of other compressor lines.
+        until: leave out those after this version.
+    """
+    found: dict[date, Written] = {}
+    for version, commit in commits:
+        is_later = until is not None and version > until
+        if is_later or (line is not None and commit.get("line") != line):
+            continue
         for day in delta.days_told(commit):
             found.setdefault(day, Written(version, commit))
     return found

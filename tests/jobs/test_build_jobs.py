@@ -26,6 +26,7 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import SparkSession
 
+from jobs import check_tables, lineage
 from jobs.cli import run
 from jobs.spark import SparkTables
 from jobs.spark_faults import as_ours
@@ -237,6 +238,8 @@ def test_every_table_is_of_the_same_instances(built: Built, shop: Shop) -> None:
     rows = delta.read(built.lake, tables.instances(domain)).to_pylist()
     real = sorted(row["instance_id"] for row in rows if not row["is_sampled"])
     assert ids(built.lake, tables.histories(domain)) == real
+    found = check_tables.main(check_tables.Args(domain=shop.file, lake=built.lake))
+    assert (found["findings"], len(found["tables"])) == ([], len(ALL) + 1)
 
 
 def test_spark_and_delta_rs_read_the_same(built: Built, shop: Shop, spark: SparkSession) -> None:
@@ -285,6 +288,11 @@ def test_a_commit_says_which_run_wrote_it_from_what(built: Built, shop: Shop) ->
         assert (told["start"], told["end"]) == (str(LOG.start), str(LOG.end))
         of_run = {"job", "run", "code", "domain", "config", "inputs"}
         assert told.keys() == of_run | {"start", "end"}
+    found = lineage.main(lineage.Args(table="user_order/shop", lake=built.lake, day=FIRST))
+    assert [(x["table"], x["version"], x["run"], x["source"]) for x in found["commits"]] == [
+        ("user_order/shop", 1, runs["build-streams"], None),
+        ("instances/shop", 1, runs["build-instances"], str(shop.log)),
+    ]
 
 
 def test_days_out_of_order_and_twice_give_the_same_tables(

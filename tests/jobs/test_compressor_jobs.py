@@ -16,7 +16,7 @@ import pytest
 
 from compressor import versions
 from compressor.export import TokenWriter
-from jobs import train_compressor, write_tokens
+from jobs import lineage, train_compressor, write_tokens
 from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain, parse
@@ -303,6 +303,27 @@ def test_the_run_and_its_versions_are_on_record(lake: str) -> None:
     assert newest["end"] == day(NUM_DAYS)
     assert json.loads(newest["input_versions"]) == {"user_order/tiny": 1}
     assert "source_auc" in json.loads(newest["metrics"])
+
+
+def test_a_day_of_tokens_says_of_which_stream_and_version_it_is(lake: str) -> None:
+    train_compressor.main(args(lake))
+    (report,) = delta.read(lake, tables.job_reports()).to_pylist()
+    asked = lineage.Args(table="instance_tokens/tiny", lake=lake, day=day(2))
+    rows = {(r["table"], r["version"]): r for r in lineage.main(asked)["commits"]}
+    (root, *_) = rows.values()
+    assert (root["job"], root["run"]) == ("train-compressor", report["run"])
+    above = [(up["table"], up["version"]) for up in root["made_of"]]
+    assert above == [("user_order/tiny", 1), ("compressor_versions", f"user@{day(3)}")]
+    assert rows["compressor_versions", f"user@{day(3)}"]["run"] == report["run"]
+
+
+def test_frozen_tokens_name_the_version_that_wrote_them(lake: str) -> None:
+    train_compressor.main(args(lake, protocol="frozen", line="frozen", end=day(4), epochs=1))
+    write_tokens.main(write_tokens.Args(domain="tiny", lake=lake, version="frozen", device="cpu"))
+    asked = lineage.Args(table="item_tokens/tiny", lake=lake, day=day(6))
+    (root, *_) = lineage.main(asked)["commits"]
+    assert (root["job"], root["line"]) == ("write-tokens", "frozen")
+    assert root["compressor_version"] == f"frozen@{day(4)}"
 
 
 def test_a_table_of_another_width_is_refused_and_left_as_it_was(lake: str) -> None:
