@@ -57,6 +57,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.train_ranker",
         "train and predict one arm of a ranker over fetched tokens",
     ),
+    "forget": (
+        "jobs.forget",
+        "erase users: from every table, index and raw sample; they do not come back",
+    ),
     "compare": (
         "jobs.compare",
         "all arms over several seeds, with every control: for a GPU; resumable",
@@ -84,8 +88,8 @@ JSON_KEYS: Mapping[str, str] = {
     "timings (jobs/report.py says what each holds); --full: streaming, frozen, each as compare's",
     "init": "file, name, num_features, fill_in, left_out",
     "build": "build-instances, build-streams, build-samples: each command's own",
-    "build-instances": "domain, source, days, events, kept, quarantined, rules, instances, "
-    "sampled, empty_days, version",
+    "build-instances": "domain, source, days, events, kept, quarantined, rules, forgotten, "
+    "instances, sampled, empty_days, version",
     "build-streams": "domain, days, input_versions, rows (by table)",
     "build-samples": "domain, days, input_versions, rows, sampled",
     "status": "domain, days, tables (by group: right, again (reason by day)), quarantined (by day)",
@@ -100,6 +104,8 @@ JSON_KEYS: Mapping[str, str] = {
     "rows_per_s, config, training, input_versions, user_share, user_seed",
     "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, lines, "
     "windows (rows by window), settings, missing, seconds",
+    "forget": "domain, users, rows (by table), item_token_days (by line), compressors, indexes, "
+    "old_statistics",
     "evaluate": "num_rows, num_users, base, arms, window",
     "verify": "domain, line, days, settings, tables, checks, passed, signature",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from compressor.training import metrics
 from compressor.versions import Version
 from compressor.walk import DayResult, Trainer, fit, walk
 from jobs import ledger, progress
-from pipelines import delta, tables
+from pipelines import delta, forgotten, tables
 from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -86,13 +86,17 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    with ledger.job(args.lake, "train-compressor", args) as run:
-        result = train(args, domain)
+    with (
+        ledger.job(args.lake, "train-compressor", args) as run,
+        forgotten.kept_out(args.lake, domain) as gone,
+    ):
+        result = train(args, domain, gone)
         run.add(rows=result["rows"], num_bytes=result["tokens"] * 2 * result["width"])
     return result
 
 
-def train(args: Args, domain: Domain) -> dict[str, Any]:
+def train(args: Args, domain: Domain, gone: Collection[int]) -> dict[str, Any]:
+    """`gone`: users of whom nothing is read."""
     device = device_of(args.device)
     parent = _parent(args)
     order = parent["order"] if parent else args.order
@@ -123,6 +127,7 @@ def train(args: Args, domain: Domain) -> dict[str, Any]:
         is_trained=not args.untrained,
     )
     rows = delta.read(args.lake, stream, Days(first, days.end), version=version)
+    rows = forgotten.without(rows, gone)
     log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
     summary = {"line": line, "days": str(days), "rows": len(rows), "tokens": 0}
     if args.dry_run:

@@ -170,6 +170,12 @@ def compressor_versions() -> Table:
     )
 
 
+def forgotten(domain: Domain) -> Table:
+    """One user who was erased and may not come back: the hash, and nothing readable."""
+    schema = pa.schema([("user_id", pa.int64())])
+    return Table(f"forgotten/{domain.name}", schema, ("user_id",), ())
+
+
 def job_reports() -> Table:
     """One row per job run: what it read and wrote, how long it took, on what."""
     columns = [
