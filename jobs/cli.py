@@ -101,11 +101,11 @@ JSON_KEYS: Mapping[str, str] = {
     "fetch": "domain, line, user, user_id, as_of, is_known, token_width, tables, events",
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "
-    "rows_per_s, config, training, input_versions, user_share, user_seed",
+    "rows_per_s, config, training, input_versions, manifest, user_share, user_seed",
     "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, lines, "
     "windows (rows by window), settings, missing, seconds",
-    "forget": "domain, users, rows (by table), item_token_days (by line), compressors, indexes, "
-    "old_statistics",
+    "forget": "domain, users, rows (by table), item_token_days (by line), compressors, "
+    "rankers (folder by name), indexes, old_statistics",
     "evaluate": "num_rows, num_users, base, arms, window",
     "verify": "domain, line, days, settings, tables, checks, passed, signature",
 }

@@ -27,7 +27,7 @@ from compressor.training import checkpoint
 from downstream.index_arrays import Meta
 from downstream.user_index import UserIndex
 from jobs import ledger
-from pipelines import delta, forgotten, sources, tables
+from pipelines import delta, forgotten, manifests, sources, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -117,6 +117,7 @@ def main(args: Args) -> dict[str, Any]:
             "rows": {**traces.rows, **({f"raw/{domain.name}": num_raw} if num_raw else {})},
             "item_token_days": {line: len(each.days) for line, each in traces.sums.items()},
             "compressors": trained_on(args.lake, domain, traces.seen),
+            "rankers": ranked(args.lake, domain, traces.seen),
             "indexes": [str(folder) for folder in args.index],
             "old_statistics": with_statistics(args.lake, domain),
         }
@@ -127,7 +128,7 @@ def main(args: Args) -> dict[str, Any]:
                 str(folder) for folder in args.index if rebuilt(args.lake, domain, folder)
             ]
             run.add(rows=sum(result["rows"].values()))
-            run.figures |= {name: result[name] for name in ("users", "compressors")}
+            run.figures |= {name: result[name] for name in ("users", "compressors", "rankers")}
     sys.stdout.write(as_text(args, domain, result))
     return result
 
@@ -224,6 +225,19 @@ def trained_on(lake: str, domain: Domain, seen: Mapping[int, frozenset[date]]) -
     return sorted(found)
 
 
+def ranked(lake: str, domain: Domain, seen: Mapping[int, frozenset[date]]) -> dict[str, str]:
+    """Ranker runs with a manifest that read a day of one of the users: name and folder."""
+    ids = np.asarray(sorted(seen), np.int64)
+    found = {}
+    for manifest, place in manifests.live(lake, domain.name):
+        kept = users_kept(ids, manifest.user_share, manifest.user_seed)
+        days = Days(*map(date.fromisoformat, manifest.days))
+        had_days = [any(day in days for day in seen[int(user)]) for user in ids]
+        if manifest.job == "train-ranker" and (kept & np.asarray(had_days, bool)).any():
+            found[manifest.name] = place
+    return found
+
+
 def with_statistics(lake: str, domain: Domain) -> list[str]:
     """Tables made before the toolkit kept file statistics out of their logs: old commits of theirs
     may name a user_id as a file's smallest or largest."""
@@ -276,6 +290,7 @@ def as_text(args: Args, domain: Domain, result: Mapping[str, Any]) -> str:
     lines += [f"  index {folder}" for folder in result["indexes"]]
     if result["compressors"]:
         lines.append("trained on them (retire or train again): " + ", ".join(result["compressors"]))
+    lines += [f"trained on them: {name} in {place}" for name, place in result["rankers"].items()]
     if result["old_statistics"]:
         lines.append(
             "old commits of these tables may name a user_id as the smallest or largest of a file: "
