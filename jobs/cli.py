@@ -61,6 +61,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.forget",
         "erase users: from every table, index and raw sample; they do not come back",
     ),
+    "vacuum": (
+        "jobs.vacuum",
+        "remove files that no table and no manifest needs, and say what that freed",
+    ),
     "compare": (
         "jobs.compare",
         "all arms over several seeds, with every control: for a GPU; resumable",
@@ -106,6 +110,8 @@ JSON_KEYS: Mapping[str, str] = {
     "windows (rows by window), settings, missing, seconds",
     "forget": "domain, users, rows (by table), item_token_days (by line), compressors, "
     "rankers (folder by name), indexes, old_statistics",
+    "vacuum": "tables (by name: files, bytes), kept (by table and manifest), not_kept (by table), "
+    "released, retention_hours",
     "evaluate": "num_rows, num_users, base, arms, window",
     "verify": "domain, line, days, settings, tables, checks, passed, signature",
 }

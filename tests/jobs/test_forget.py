@@ -173,6 +173,51 @@ def test_item_tokens_are_those_of_the_others_alone(shop: Shop, place: Path) -> N
         np.testing.assert_allclose(sums, wanted.decayed_sum, rtol=1e-6, atol=1e-7)
 
 
+def places_of(lake: Path, ids: set[int]) -> set[str]:
+    """Top folders of the lake with a file in which the key or one of the ids is found: in its bytes
+    (as text, or as eight of them), or in a decoded column of a Parquet file."""
+    signs = [KEY.encode(), *(str(x).encode() for x in ids)]
+    signs += [x.to_bytes(8, "little", signed=True) for x in ids]
+    found = set()
+    for file in (path for path in lake.rglob("*") if path.is_file()):
+        held = file.read_bytes()
+        is_there = any(sign in held for sign in signs)
+        if held[:4] == b"PAR1":
+            rows = pq.ParquetFile(file).read()
+            told = json.dumps(rows.to_pylist(), default=str)
+            is_there |= KEY in told or any(str(x) in told for x in ids)
+        if is_there:
+            found.add(str(file.relative_to(lake)).split("/", 1)[0])
+    return found
+
+
+def test_after_a_vacuum_no_byte_of_the_user_is_left(shop: Shop, place: Path) -> None:
+    lake = place / "lake"
+    held = delta.read(str(lake), tables.instances(shop.domain)).to_pylist()
+    ids = {USER, *(r["instance_id"] for r in held if r["user_id"] == USER)}
+    everywhere = {
+        "instances", "quarantine", "temporal_order", "user_order", "histories", "ranker_samples",
+        "instance_tokens",
+    }  # fmt: skip
+    assert places_of(lake, ids) == everywhere
+    erase(shop, place)
+    assert places_of(lake, ids) == everywhere | {"forgotten"}  # files of before hold them still
+    words = ["vacuum", "--lake", str(lake), "--retention-hours", "0"]
+    told = place / "freed.json"
+    assert run([*words, "--json", str(told)]) == 0
+    assert places_of(lake, ids) == {"forgotten"}
+    # What two training runs had pinned is given up, and the report says so.
+    assert len(json.loads(told.read_text())["not_kept"]["user_order/shop"]) == 2
+
+
+def test_an_older_table_gets_statistics_out_of_its_log(shop: Shop, place: Path) -> None:
+    table = tables.histories(shop.domain)
+    opened = delta.open_table(str(place / "lake"), table)
+    opened.alter.set_table_properties({delta.NUM_INDEXED: "32"})
+    assert erase(shop, place)["old_statistics"] == [table.name]
+    assert delta.has_properties(str(place / "lake"), table, delta.OF_EVENTS)
+
+
 def test_an_index_is_built_again_without_the_user(shop: Shop, place: Path) -> None:
     folder = place / "index"
     old = UserIndex.open(folder)
@@ -220,28 +265,42 @@ def test_late_events_of_the_user_do_not_come_back(
     ]  # fmt: skip
     other = Shop(tmp_path / "other").write([*log(), *late], more=MORE)
     lake, told = place / "lake", tmp_path / "told.json"
-    said = done("build", other, lake, *days_flags(one(LAST)), "--json", told)
+    said = done("build-instances", other, lake, *days_flags(one(LAST)), "--json", told)
     held = everything(place, other)
     assert held == of_others(held)
     hers = [r for r in [*log(), *late] if r["visitor"] == KEY and r["shown_at"] >= us(LAST)]
-    assert json.loads(told.read_text())["build-instances"]["forgotten"] == len(hers) > 2
+    assert json.loads(told.read_text())["forgotten"] == len(hers) > 2
     assert f"{len(hers)} events of forgotten users left out" in said.out
     users = delta.read(str(lake), tables.instances(other.domain), one(LAST))["user_key"]
     assert "user3" in users.to_pylist()
 
 
+def test_rows_that_are_not_yet_erased_are_not_read_on(
+    spark: SparkSession, shop: Shop, place: Path
+) -> None:
+    lake, domain = str(place / "lake"), shop.domain
+    forgotten.add(lake, domain, [USER], commit={"job": "test"})
+    for command in ("build-streams", "build-samples"):
+        done(command, shop, lake)
+    assert USER in delta.read(lake, tables.instances(domain))["user_id"].to_pylist()
+    for make in ALL[1:]:
+        users = delta.read(lake, make(domain))["user_id"].to_pylist()
+        assert users
+        assert USER not in users
+
+
 def test_a_broken_row_that_holds_the_key_is_the_users(spark: SparkSession, tmp_path: Path) -> None:
-    whole = f"user0,1,{us(LAST, 80)},1,2.5,x"  # broken lines in a row are read as one
-    broken = [f"{KEY},1,2,3,4,5,6,7,8", whole, "user2,1,2,3,4,5,6,7,8"]
+    broken = [f"{KEY},1,2,3,4,5,6,7,8", "user2,1,2,3,4,5,6,7,8"]
     other = Shop(tmp_path / "shop", "csv").write(clicks(), more=MORE)
     with other.log.open("a") as file:
-        file.write("\n".join(broken) + "\n")
+        file.write("\r\n".join(broken) + "\r\n")
     domain, lake = other.domain, str(tmp_path / "lake")
-    for _ in range(2):  # once erased from the table, once kept out of it
-        done("build-instances", other, lake)
-        erase(other, tmp_path)
-        (held,) = delta.read(lake, tables.quarantine(domain))["raw"].to_pylist()
-        assert "user2" in held
+    forgotten.add(lake, domain, [USER], commit={"job": "test"})
+    done("build-instances", other, lake)
+    (held,) = delta.read(lake, tables.quarantine(domain))["raw"].to_pylist()
+    assert "user2" in held
+    met = pa.chunked_array([[held, held.replace("user2", KEY)]])
+    assert forgotten.of_raw(met, domain, {USER}).to_pylist() == [False, True]
 
 
 def test_a_job_that_ran_meanwhile_fails_and_is_worth_a_retry(shop: Shop, tmp_path: Path) -> None:
