@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,12 +48,13 @@ def build(
     lines: Sequence[str],
     fields: bool,
     only_users: Sequence[int] | None = None,
+    versions: Mapping[str, int] | None = None,
 ) -> None:
     """Write the index of `days` (None: all) into `folder`, replacing what was there."""
     making = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         making.mkdir(parents=True)
-        _write(lake, domain, making, days, lines, fields, only_users)
+        _write(Snapshot(lake, versions), domain, making, days, lines, fields, only_users)
         _publish(making, folder)
     except OSError as error:
         free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
@@ -74,7 +75,7 @@ def _publish(making: Path, folder: Path) -> None:
 
 
 def _write(
-    lake: str,
+    snapshot: Snapshot,
     domain: Domain,
     folder: Path,
     days: Days | None,
@@ -82,7 +83,6 @@ def _write(
     fields: bool,
     only_users: Sequence[int] | None,
 ) -> None:
-    snapshot = Snapshot(lake)
     asked = _of_days(days)
     if only_users is not None:
         asked = asked & ds.field("user_id").isin(pa.array(only_users, pa.int64()))

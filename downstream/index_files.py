@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,19 @@ ROWS_AT_ONCE = 4_000_000
 
 
 class Snapshot:
-    """A lake's tables, each at the version it had when first asked for."""
+    """A lake's tables, each at the version given or else that it had when first asked for."""
 
-    def __init__(self, lake: str) -> None:
+    def __init__(self, lake: str, pinned: Mapping[str, int] | None = None) -> None:
         self.lake = lake
+        self.pinned = pinned or {}
         self.opened: dict[str, DeltaTable] = {}
 
     def source(self, table: Table, kept: ds.Expression) -> Source:
         """The rows of a table that `kept` keeps."""
         if table.name not in self.opened:
-            self.opened[table.name] = delta.open_table(self.lake, table)
+            self.opened[table.name] = delta.open_table(
+                self.lake, table, self.pinned.get(table.name)
+            )
         return Source(table, self.opened[table.name], kept)
 
     @property

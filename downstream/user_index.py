@@ -65,18 +65,23 @@ class UserIndex:
         lines: Sequence[str] = (),
         fields: bool = False,
         only_users: Sequence[int] | None = None,
+        versions: Mapping[str, int] | None = None,
     ) -> UserIndex:
-        """Build the whole index from the lake's newest tables, in place of what `folder` held.
+        """Build the whole index from the lake's tables, in place of what `folder` held.
 
         It costs O(all days): a day more means building again.
 
         Args:
             fields: all model-ready features of the events too.
             only_users: these users' histories only, and no item tokens; quick for a few.
+            versions: of tables by name; the newest of those that are not given.
         """
         from downstream.index_build import build
 
-        build(lake, domain, folder, days=days, lines=lines, fields=fields, only_users=only_users)
+        build(
+            lake, domain, folder, days=days, lines=lines, fields=fields, only_users=only_users,
+            versions=versions,
+        )  # fmt: skip
         return cls.open(folder)
 
     @classmethod

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from jobs.future import latest_of, without_future
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
 from jobs.spark_progress import task_bar
-from pipelines import delta, tables, written
+from pipelines import delta, forgotten, tables, written
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -116,13 +116,31 @@ def build(
 ) -> dict[str, Any]:
     """Write quarantine, then instances; returns counts of what was kept and rejected.
 
-    `num_events` is of the whole log.
+    `num_events` is of the whole log. Events of forgotten users go nowhere; they are counted.
     """
-    rows = checked(events, domain, days).persist(StorageLevel.MEMORY_AND_DISK)
+    with forgotten.kept_out(lake.lake, domain) as gone:
+        return _build(lake, events, domain, days, num_events, gone, commit=commit, run=run)
+
+
+def _build(
+    lake: SparkTables,
+    events: DataFrame,
+    domain: Domain,
+    days: Days,
+    num_events: int,
+    gone: Collection[int],
+    *,
+    commit: Mapping[str, str],
+    run: ledger.Run,
+) -> dict[str, Any]:
+    met = checked(events, domain, days).withColumn("is_gone", F.expr(forgotten.is_theirs(gone)))
+    met = met.persist(StorageLevel.MEMORY_AND_DISK)
+    rows = met.where(~F.col("is_gone"))
     has_day = F.to_date("event_time").eqNullSafe(F.col("event_date"))
     try:
         with task_bar(lake.spark, f"events of {domain.name}"):
-            counted = rows.groupBy("rule", has_day.alias("has_day")).count().collect()
+            found = met.groupBy("rule", has_day.alias("has_day"), "is_gone").count().collect()
+        counted = [row for row in found if not row["is_gone"]]
         num_kept = sum(row["count"] for row in counted if row["rule"] is None)
         rules: Counter[str] = Counter()
         for row in counted:
@@ -140,13 +158,14 @@ def build(
         version = lake.replace(tables.instances(domain), instances, days, commit=commit)
         run.outputs[tables.instances(domain).name] = version
     finally:
-        rows.unpersist()
+        met.unpersist()
     per_day = delta.num_rows(lake.lake, tables.instances(domain), days, version=version)
     num_instances = sum(per_day.values())
     return {
         "kept": num_kept,
         "quarantined": sum(rules.values()),
         "rules": dict(sorted(rules.items())),
+        "forgotten": sum(row["count"] for row in found if row["is_gone"]),
         "instances": num_instances,
         "sampled": num_instances - num_kept,
         "empty_days": len(days) - len(per_day),
@@ -222,6 +241,8 @@ def as_text(result: Mapping[str, Any]) -> str:
         return f"{head}; would build {result['days']}\n"
     rules = "".join(f"\n  {count} {rule}" for rule, count in result["rules"].items())
     empty = f"; {result['empty_days']} days are empty" if result["empty_days"] else ""
+    if result["forgotten"]:
+        empty += f"; {result['forgotten']} events of forgotten users left out"
     changed = result["changed_days"]
     again = (
         f"\n{len(changed)} days built earlier have changed in the log since ({changed[0]} the "

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from jobs import build_streams, ledger
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
-from pipelines import delta, tables
+from pipelines import delta, forgotten, tables
 from pipelines.domain import load as load_domain
 from pipelines.samples import ranker_samples
 from pipelines.temporal_order import model_ready
@@ -42,9 +42,11 @@ def main(args: Args) -> dict[str, Any]:
     doing = f"building ranker samples of {domain.name}"
     with ledger.job(args.lake, "build-samples", args) as run, explained(doing):
         lake = SparkTables(session(args.master), args.lake)
-        ready = model_ready(lake.read(source, days, version=version), domain)
         commit = ledger.commit_of(run, domain, result["input_versions"])
-        written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
+        with forgotten.kept_out(args.lake, domain) as gone:
+            instances = lake.read(source, days, version=version).where(forgotten.is_other(gone))
+            ready = model_ready(instances, domain)
+            written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
         run.outputs[table.name] = written
         is_sampled = delta.read(args.lake, table, days, columns=["is_sampled"], version=written)
         result |= {

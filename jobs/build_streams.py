@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from jobs import ledger
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
-from pipelines import delta, tables
+from pipelines import delta, forgotten, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -61,7 +61,9 @@ def main(args: Args) -> dict[str, Any]:
         with ledger.job(args.lake, "build-streams", args) as run, explained(doing):
             commit = ledger.commit_of(run, domain, result["input_versions"])
             lake = SparkTables(session(args.master), args.lake)
-            result |= {"rows": build(lake, domain, days, version, commit=commit, run=run)}
+            with forgotten.kept_out(args.lake, domain) as gone:
+                found = build(lake, domain, days, version, gone, commit=commit, run=run)
+            result |= {"rows": found}
             run.add(rows=result["rows"][tables.user_order(domain).name])
     sys.stdout.write(as_text(result))
     return result
@@ -72,12 +74,18 @@ def build(
     domain: Domain,
     days: Days,
     version: int,
+    gone: Collection[int],
     *,
     commit: Mapping[str, str],
     run: ledger.Run,
 ) -> dict[str, int]:
-    """Replace the days of all three tables; returns the rows that each now has in them."""
-    instances = lake.read(tables.instances(domain), days, version=version)
+    """Replace the days of all three tables; returns the rows that each now has in them.
+
+    `gone`: users who are left out of all of them.
+    """
+    instances = lake.read(tables.instances(domain), days, version=version).where(
+        forgotten.is_other(gone)
+    )
     ready = model_ready(instances, domain)
     wanted = (
         (tables.temporal_order(domain), temporal_order(instances, domain)),

@@ -66,6 +66,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.train_ranker",
         "train and predict one arm of a ranker over fetched tokens",
     ),
+    "forget": (
+        "jobs.forget",
+        "erase users: from every table, index and raw sample; they do not come back",
+    ),
+    "vacuum": (
+        "jobs.vacuum",
+        "remove files that no table and no manifest needs, and say what that freed",
+    ),
     "compare": (
         "jobs.compare",
         "all arms over several seeds, with every control: for a GPU; resumable",
@@ -93,8 +101,8 @@ JSON_KEYS: Mapping[str, str] = {
     "timings (jobs/report.py says what each holds); --full: streaming, frozen, each as compare's",
     "init": "file, name, num_features, fill_in, left_out",
     "build": "build-instances, build-streams, build-samples: each command's own",
-    "build-instances": "domain, source, days, events, kept, quarantined, rules, instances, "
-    "sampled, empty_days, version, changed_days",
+    "build-instances": "domain, source, days, events, kept, quarantined, rules, forgotten, "
+    "instances, sampled, empty_days, version, changed_days",
     "build-streams": "domain, days, input_versions, rows (by table)",
     "build-samples": "domain, days, input_versions, rows, sampled",
     "status": "domain, days, tables (by group: right, again (reason by day)), quarantined (by day)",
@@ -110,9 +118,13 @@ JSON_KEYS: Mapping[str, str] = {
     "fetch": "domain, line, user, user_id, as_of, is_known, token_width, tables, events",
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "
-    "rows_per_s, config, training, input_versions, user_share, user_seed",
+    "rows_per_s, config, training, input_versions, manifest, user_share, user_seed",
     "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, lines, "
     "windows (rows by window), settings, missing, seconds",
+    "forget": "domain, users, rows (by table), item_token_days (by line), compressors, "
+    "rankers (folder by name), indexes, old_statistics",
+    "vacuum": "tables (by name: files, bytes), kept (by table and manifest), not_kept (by table), "
+    "released, retention_hours",
     "evaluate": "num_rows, num_users, base, arms, window",
     "verify": "domain, line, days, settings, tables, checks, passed, signature",
 }

@@ -13,7 +13,7 @@ from jobs.spark_faults import SPARK_ERRORS, reason
 from pipelines import sources
 from pipelines.domain import Domain
 from pipelines.errors import InputError
-from pipelines.instances import BROKEN_ROW
+from pipelines.forgotten import BROKEN_ROW
 
 
 def open_events(

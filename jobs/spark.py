@@ -75,8 +75,10 @@ EVERYWHERE = {
     "spark.databricks.delta.snapshotPartitions": "2",
     # A day that is replaced by nothing has been written too, and its commit says by whom.
     "spark.databricks.delta.skipRecordingEmptyCommits": "false",
-    # Commits are what tells right days from stale ones; by default they are gone after 30 days.
-    "spark.databricks.delta.properties.defaults.logRetentionDuration": "interval 36500 days",
+    **{
+        f"spark.databricks.delta.properties.defaults.{name.removeprefix('delta.')}": value
+        for name, value in delta.OF_EVENTS.items()
+    },
     "spark.ui.enabled": "false",
     "spark.ui.showConsoleProgress": "false",
 }

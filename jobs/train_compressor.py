@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,21 +21,24 @@ from compressor.configs import SourceConfig, TrainingConfig
 from compressor.data import StreamData
 from compressor.export import TokenWriter
 from compressor.nn.embedding import Vocabulary
-from compressor.training import metrics
+from compressor.training import checkpoint, metrics
 from compressor.versions import Version
 from compressor.walk import DayResult, Trainer, fit, walk
 from jobs import ledger, progress
-from pipelines import delta, tables
+from pipelines import delta, forgotten, manifests, tables
 from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
+from pipelines.manifests import Manifest
 from pipelines.names import checked_line
 from pipelines.splits import users_kept
 
 log = logging.getLogger(__name__)
 
 FLUSH_DAYS = 30
+ABOUT_PLACE = ("domain", "lake", "line", "manifest", "device", "dry_run")
+"""Arguments that say where and on what, never what is read or trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +79,9 @@ class Args:
     """Passes over the days, at most (frozen)."""
     seed: int = 0
     """Of initial weights and batches."""
+    manifest: Path | None = None
+    """Repeat the run of this manifest (next to a version's weights): its arguments, over the table
+    version it read. Written to --line; empty: its line with -again behind it."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dry_run: bool = False
@@ -89,20 +96,59 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    with ledger.job(args.lake, "train-compressor", args) as run:
-        result = train(args, domain, run)
+    held, digest = _repeated(args, domain)
+    if held is not None:
+        given = {name: getattr(args, name) for name in ABOUT_PLACE if name != "line"}
+        kept = as_args(held.args)
+        line = args.line or f"{held.more['line']}-again"
+        args = Args(**given, **kept, line=line)
+    with (
+        ledger.job(args.lake, "train-compressor", args) as run,
+        forgotten.kept_out(args.lake, domain) as gone,
+    ):
+        result = train(args, domain, run, gone, held, digest)
         run.add(rows=result["rows"], num_bytes=result["tokens"] * 2 * result["width"])
     return result
 
 
-def train(args: Args, domain: Domain, run: ledger.Run) -> dict[str, Any]:
+def as_args(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's arguments as a command takes them."""
+    dates = ("start", "end", "test_start")
+    return {k: date.fromisoformat(v) if k in dates and v else v for k, v in told.items()}
+
+
+def _repeated(args: Args, domain: Domain) -> tuple[Manifest | None, str]:
+    """The manifest to repeat, all of it there, and the digest of what it read."""
+    if args.manifest is None:
+        return None, ""
+    held, digest = manifests.read(args.manifest)
+    manifests.check(
+        args.lake, held, job="train-compressor", domain=domain.name,
+        config=ledger.config_of(domain), code=ledger.code_version(),
+    )  # fmt: skip
+    return held, digest
+
+
+def train(
+    args: Args,
+    domain: Domain,
+    run: ledger.Run,
+    gone: Collection[int],
+    held: Manifest | None,
+    digest: str,
+) -> dict[str, Any]:
+    """`gone`: users of whom nothing is read; `held`: the manifest of a run to repeat, and the
+    digest of what it read."""
     device = device_of(args.device)
     parent = _parent(args)
     order = parent["order"] if parent else args.order
     line = args.line or (parent["compressor_line"] if parent else order)
     stream = tables.user_order(domain) if order == "user" else tables.temporal_order(domain)
     start = args.start or (parent["end"] if parent else None)
-    days, version = delta.days_of(args.lake, stream, start, args.end)
+    if held is None:
+        days, version = delta.days_of(args.lake, stream, start, args.end)
+    else:
+        days, version = Days(*map(date.fromisoformat, held.days)), held.tables[stream.name]
     if parent and days.start != parent["end"]:
         raise InputError(
             f"{parent['compressor_version']} has learned {parent['start']} to {parent['end']}, so "
@@ -110,7 +156,7 @@ def train(args: Args, domain: Domain, run: ledger.Run) -> dict[str, Any]:
         )
     # A walk that goes on needs earlier days too: as context and for replay.
     first = parent["start"] if parent else days.start
-    manifest = Version(
+    planned = Version(
         line=line,
         name="",
         parent=parent["compressor_version"] if parent else "",
@@ -126,29 +172,75 @@ def train(args: Args, domain: Domain, run: ledger.Run) -> dict[str, Any]:
         is_trained=not args.untrained,
     )
     rows = delta.read(args.lake, stream, Days(first, days.end), version=version)
+    rows = forgotten.without(rows, gone)
     log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
     summary = {"line": line, "days": str(days), "rows": len(rows), "tokens": 0}
     if args.dry_run:
-        return {**summary, "width": manifest.config.bottleneck}
+        return {**summary, "width": planned.config.bottleneck}
+    manifest = manifest_of(args, domain, days, planned, parent, held)
+    found = manifests.digest(rows)
+    manifests.check_digest(found, digest)
+    manifests.register(args.lake, manifest, _place(args.lake, line))
     vocabulary = streams.vocabulary_of(rows, domain)
-    trainer, vocabulary, manifest, done = _begin(args, domain, manifest, days, vocabulary, device)
-    summary["width"] = manifest.config.bottleneck
+    trainer, vocabulary, planned, done = _begin(args, domain, planned, days, vocabulary, device)
+    summary["width"] = planned.config.bottleneck
     data = streams.load(rows, domain, vocabulary, device)
-    commit = ledger.commit_of(run, domain, manifest.input_versions, seed=str(args.seed))
+    commit = ledger.commit_of(run, domain, planned.input_versions, seed=str(args.seed))
+
+    def save(version: Version, figures: Mapping[str, Any]) -> None:
+        place = versions.save(args.lake, version, trainer, vocabulary, figures, commit)
+        manifests.write(place, manifest, found)
+
     if args.protocol == "frozen":
         figures = _frozen(trainer, data, days, args)
         name = f"{line}@{days.end}"
-        versions.save(args.lake, replace(manifest, name=name), trainer, vocabulary, figures, commit)
+        save(replace(planned, name=name), figures)
         return {**summary, "version": name, **figures}
     if done == days.end:
         log.info("%s is written up to %s: nothing is left to do", line, days.end)
         name = _day_version(line, done)
         return {**summary, "version": name, **json.loads(versions.find(args.lake, name)["metrics"])}
-    writer = TokenWriter(args.lake, domain, line, data, manifest.config.bottleneck, commit)
+    writer = TokenWriter(args.lake, domain, line, data, planned.config.bottleneck, commit)
     left = Days(done, days.end)
-    summary |= _streaming(trainer, data, left, args, writer, manifest, vocabulary)
+    summary |= _streaming(trainer, data, left, args, writer, planned, save)
     run.outputs |= writer.written
     return summary
+
+
+def manifest_of(
+    args: Args,
+    domain: Domain,
+    days: Days,
+    planned: Version,
+    parent: Mapping[str, Any] | None,
+    held: Manifest | None,
+) -> Manifest:
+    """What the run reads, and how; InputError if it is no longer what the held one says."""
+    weights = Path(parent["artifact"]) / checkpoint.TENSORS if parent else None
+    found = Manifest.of(
+        "train-compressor",
+        replace(args, start=days.start, end=days.end, parent=planned.parent), ABOUT_PLACE,
+        domain=domain.name, config=ledger.config_of(domain), code=ledger.code_version(),
+        tables=planned.input_versions, days=[str(days.start), str(days.end)],
+        user_share=args.user_share, user_seed=args.user_seed,
+        more={
+            "line": held.more["line"] if held else planned.line,
+            "parent": manifests.digest_of_file(weights) if weights else "",
+            "config": asdict(planned.config),
+            "training": asdict(planned.training),
+        },
+    )  # fmt: skip
+    if held is not None and held != found:
+        raise InputError(
+            f"--manifest {args.manifest}: the compressor's own settings, or its parent's weights, "
+            "have changed since it was written; train without --manifest"
+        )
+    return found
+
+
+def _place(lake: str, line: str) -> str:
+    """Where a line's weights are."""
+    return str(versions.folder(lake, line, "").absolute())
 
 
 def _parent(args: Args) -> dict[str, Any] | None:
@@ -165,28 +257,28 @@ def _parent(args: Args) -> dict[str, Any] | None:
 
 
 def _begin(
-    args: Args, domain: Domain, manifest: Version, days: Days, vocabulary: Vocabulary, device: str
+    args: Args, domain: Domain, planned: Version, days: Days, vocabulary: Vocabulary, device: str
 ) -> tuple[Trainer, Vocabulary, Version, date]:
     """Where the run starts: the first day it has not written, and the weights as of then."""
-    held = _interrupted(args.lake, manifest, days) if args.protocol == "streaming" else None
+    held = _interrupted(args.lake, planned, days) if args.protocol == "streaming" else None
     name = held.name if held else args.parent
     if not name:
-        trainer = Trainer.create(manifest.config, manifest.training, domain, vocabulary, device)
-        return trainer, vocabulary, manifest, days.start
+        trainer = Trainer.create(planned.config, planned.training, domain, vocabulary, device)
+        return trainer, vocabulary, planned, days.start
     trainer, vocabulary, old = versions.load(args.lake, name, domain, device, newer=vocabulary)
-    manifest = replace(manifest, config=old.config, training=old.training)
+    planned = replace(planned, config=old.config, training=old.training)
     if held is None:
-        return trainer, vocabulary, manifest, days.start
+        return trainer, vocabulary, planned, days.start
     log.info("going on at %s, where an earlier run of the same command stopped", held.end)
-    return trainer, vocabulary, manifest, held.end
+    return trainer, vocabulary, planned, held.end
 
 
-def _interrupted(lake: str, manifest: Version, days: Days) -> Version | None:
+def _interrupted(lake: str, planned: Version, days: Days) -> Version | None:
     """The newest version that a run of the very same command left before it was done."""
     found = [
         version
-        for version in versions.of_line(lake, manifest.line)
-        if days.start < version.end <= days.end and version.is_same_run(manifest)
+        for version in versions.of_line(lake, planned.line)
+        if days.start < version.end <= days.end and version.is_same_run(planned)
     ]
     return max(found, key=lambda version: version.end, default=None)
 
@@ -214,13 +306,13 @@ def _streaming(
     days: Days,
     args: Args,
     writer: TokenWriter,
-    manifest: Version,
-    vocabulary: Vocabulary,
+    planned: Version,
+    save: Callable[[Version, Mapping[str, Any]], None],
 ) -> dict[str, Any]:
     results: list[DayResult] = []
     kept = users_kept(data.user_id, args.user_share, args.user_seed)
-    bar = progress.bar(len(days), desc=f"compressor {manifest.line}", unit="day")
-    first_day = as_number(manifest.start)
+    bar = progress.bar(len(days), desc=f"compressor {planned.line}", unit="day")
+    first_day = as_number(planned.start)
     for chunk in days.chunks(FLUSH_DAYS):
         for result in days_of_walk(
             trainer,
@@ -234,11 +326,11 @@ def _streaming(
             results.append(result)
             bar.update()
         writer.flush(chunk)
-        done = replace(manifest, name=_day_version(manifest.line, chunk.end), end=chunk.end)
-        versions.save(args.lake, done, trainer, vocabulary, {}, writer.commit)
+        done = replace(planned, name=_day_version(planned.line, chunk.end), end=chunk.end)
+        save(done, {})
     bar.close()
     figures = source_metrics(data, results)
-    versions.save(args.lake, done, trainer, vocabulary, figures, writer.commit)
+    save(done, figures)
     return {"version": done.name, "tokens": writer.num_tokens, **figures}
 
 

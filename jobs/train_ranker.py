@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -28,18 +28,21 @@ from downstream.data import RankerData, with_shuffled_tokens
 from downstream.samples import Array
 from downstream.streaming import RankerTrainer, fit, walk
 from downstream.user_index import IndexStore, UserIndex
-from jobs import ledger
+from jobs import ledger, train_compressor
 from jobs.train_compressor import device_of
-from pipelines import delta, tables
+from pipelines import delta, forgotten, manifests, tables
 from pipelines.days import Days, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
+from pipelines.manifests import Manifest
 from pipelines.tables import UTC_TIME
 
 log = logging.getLogger(__name__)
 
 FIRST_DAY = date(1, 1, 1)
+ABOUT_PLACE = ("domain", "lake", "out", "index", "manifest", "device", "dry_run")
+"""Arguments that say where and on what, never what is read or trained."""
 SAVE_DAYS = 30
 """A streaming run that was killed goes on from at most this many days before."""
 TEST_SHARE = 0.15
@@ -51,7 +54,8 @@ class Args:
 
     streaming: each day is predicted with yesterday's weights, then trained on; a run that was
     killed goes on where it last saved. frozen: fit on [start, test-start), then predict
-    [test-start, end). Writes OUT/predictions.parquet, OUT/metrics.json and OUT/model.
+    [test-start, end). Writes OUT/predictions.parquet, OUT/metrics.json, OUT/model and
+    OUT/manifest.json, by which --manifest repeats the run and vacuum keeps what it read.
     """
 
     domain: str
@@ -83,6 +87,8 @@ class Args:
     """Which users the share keeps."""
     index: str = ""
     """Folder of an index to use, or to make and keep; empty: made for this run."""
+    manifest: Path | None = None
+    """Repeat the run of this OUT/manifest.json: its arguments, over the table versions it read."""
     seed: int = 0
     """Of initial weights and batches."""
     device: str = "auto"
@@ -114,11 +120,32 @@ class Run:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    days = sample_days(args, domain)
+    held, digest = _repeated(args, domain)
+    if held is not None:
+        given = {name: getattr(args, name) for name in ABOUT_PLACE}
+        args = Args(**given, **train_compressor.as_args(held.args))
+    days, version = sample_days(args, domain, held)
     if args.dry_run:
         return {"domain": domain.name, "arm": args.arm, "days": str(days), "out": args.out}
-    with ledger.job(args.lake, "train-ranker", args) as row, tempfile.TemporaryDirectory() as temp:
-        data = load_data(args, domain, days, Path(args.index or Path(temp) / "index"))
+    with (
+        ledger.job(args.lake, "train-ranker", args) as row,
+        forgotten.kept_out(args.lake, domain) as gone,
+        tempfile.TemporaryDirectory() as temp,
+    ):
+        index = user_index(args, domain, days, Path(temp) / "index", held)
+        samples = tables.ranker_samples(domain)
+        rows = forgotten.without(delta.read(args.lake, samples, days, version=version), gone)
+        manifest = manifest_of(args, domain, days, index, {samples.name: version})
+        if held is not None and held != manifest:
+            raise InputError(
+                f"--manifest {args.manifest}: the ranker's own settings have changed since it was "
+                "written; train without --manifest"
+            )
+        found = manifests.digest(rows, *index_arrays(index))
+        manifests.check_digest(found, digest)
+        out = str(Path(args.out).absolute())
+        manifests.register(args.lake, manifest, out)
+        data = load_data(args, domain, days, index, rows)
         config, training = arm(args.arm), RankerTraining(seed=args.seed)
         result = run(
             data,
@@ -130,7 +157,7 @@ def main(args: Args) -> dict[str, Any]:
             shuffled=args.shuffled,
             progress=Path(args.out) / "progress",
         )
-        report = write(args, domain, data, result, days)
+        report = write(args, domain, data, result, days, manifest, found)
         row.add(rows=result.trainer.num_rows)
         row.figures |= report["metrics"]
         row.inputs |= report["input_versions"]
@@ -138,14 +165,57 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-def sample_days(args: Args, domain: Domain) -> Days:
-    """The days asked for, within those that the table holds."""
+def _repeated(args: Args, domain: Domain) -> tuple[Manifest | None, str]:
+    """The manifest to repeat, all of it there, and the digest of what it read."""
+    if args.manifest is None:
+        return None, ""
+    if args.index:
+        raise InputError("--manifest builds the index it needs: leave --index out")
+    held, digest = manifests.read(args.manifest)
+    manifests.check(
+        args.lake, held, job="train-ranker", domain=domain.name,
+        config=ledger.config_of(domain), code=ledger.code_version(),
+    )  # fmt: skip
+    return held, digest
+
+
+def manifest_of(
+    args: Args, domain: Domain, days: Days, index: UserIndex, samples: Mapping[str, int]
+) -> Manifest:
+    """What the run reads, and how."""
+    resolved = replace(args, start=days.start, end=days.end, test_start=test_start(args, days))
+    meta = index.meta
+    more = {
+        "index": {"days": meta.days, "lines": [*meta.lines], "fields": meta.has_fields},
+        "config": asdict(arm(args.arm)),
+        "training": asdict(RankerTraining(seed=args.seed)),
+    }
+    return Manifest.of(
+        "train-ranker", resolved, ABOUT_PLACE, domain=domain.name,
+        config=ledger.config_of(domain), code=ledger.code_version(),
+        tables={**meta.tables, **samples}, days=[str(days.start), str(days.end)],
+        user_share=args.user_share, user_seed=args.user_seed, more=more,
+    )  # fmt: skip
+
+
+def index_arrays(index: UserIndex) -> list[Array]:
+    """All arrays of an index, in an order that is the same each time."""
+    found = [index.arrays[name] for name in sorted(index.arrays)]
+    for line in sorted(index.lines):
+        held = index.lines[line]
+        found += [held.token, held.available_us, *vars(held.items).values()]
+    return found
+
+
+def sample_days(args: Args, domain: Domain, held: Manifest | None = None) -> tuple[Days, int]:
+    """The days asked for, within those that the table holds, and its version."""
     table = tables.ranker_samples(domain)
-    parts = delta.open_table(args.lake, table).partitions()
-    found = sorted(date.fromisoformat(str(part["event_date"])) for part in parts)
+    opened = delta.open_table(args.lake, table, held.tables[table.name] if held else None)
+    found = sorted(date.fromisoformat(str(part["event_date"])) for part in opened.partitions())
     if not found:
         raise InputError(f"{table.name} is empty; run `iat build-samples` first")
-    return Days(args.start or found[0], args.end or date.fromordinal(found[-1].toordinal() + 1))
+    days = Days(args.start or found[0], args.end or date.fromordinal(found[-1].toordinal() + 1))
+    return days, opened.version()
 
 
 def test_start(args: Args, days: Days) -> date | None:
@@ -159,25 +229,43 @@ def test_start(args: Args, days: Days) -> date | None:
     return found
 
 
-def load_data(args: Args, domain: Domain, days: Days, folder: Path) -> RankerData:
-    """Samples of the days on the device, over an index of everything before their end."""
-    has_fields = arm(args.arm).branch == "fields"
-    lines = [args.line] if args.line else []
+def user_index(
+    args: Args, domain: Domain, days: Days, temporary: Path, held: Manifest | None
+) -> UserIndex:
+    """Everything before the days' end, as a manifest pins it where there is one."""
+    if held is not None:
+        of = held.more["index"]
+        before = Days(*map(date.fromisoformat, of["days"])) if of["days"] else None
+        return UserIndex.build(
+            args.lake, domain, temporary, days=before, lines=of["lines"], fields=of["fields"],
+            versions=held.tables,
+        )  # fmt: skip
+    folder = Path(args.index) if args.index else temporary
     if folder.exists():
         index = UserIndex.open(folder)
-        held, wanted = index.meta.side, [f.stream_column for f in domain.side_features]
-        if held != wanted:
+        found, wanted = index.meta.side, [f.stream_column for f in domain.side_features]
+        if found != wanted:
             raise InputError(
-                f"the index in {folder} was built with side information {held}, and {domain.name} "
+                f"the index in {folder} was built with side information {found}, and {domain.name} "
                 f"now has {wanted}; give --index another folder"
             )
-    else:
-        before = Days(FIRST_DAY, days.end)
-        index = UserIndex.build(
-            args.lake, domain, folder, days=before, lines=lines, fields=has_fields
-        )
+        return index
+    return UserIndex.build(
+        args.lake,
+        domain,
+        folder,
+        days=Days(FIRST_DAY, days.end),
+        lines=[args.line] if args.line else [],
+        fields=arm(args.arm).branch == "fields",
+    )
+
+
+def load_data(
+    args: Args, domain: Domain, days: Days, index: UserIndex, rows: pa.Table
+) -> RankerData:
+    """Samples of the days on the device, over an index of everything before their end."""
+    has_fields = arm(args.arm).branch == "fields"
     store = IndexStore(index, args.line or None, device_of(args.device))
-    rows = delta.read(args.lake, tables.ranker_samples(domain), days)
     data = RankerData.load(
         rows,
         domain,
@@ -264,8 +352,17 @@ def _walk(
             checkpoint.save(progress, tensors, meta)
 
 
-def write(args: Args, domain: Domain, data: RankerData, result: Run, days: Days) -> dict[str, Any]:
-    """OUT/predictions.parquet, OUT/metrics.json, OUT/model; returns the report."""
+def write(
+    args: Args,
+    domain: Domain,
+    data: RankerData,
+    result: Run,
+    days: Days,
+    manifest: Manifest,
+    digest: str,
+) -> dict[str, Any]:
+    """OUT/predictions.parquet, OUT/metrics.json, OUT/model, OUT/manifest.json; returns the
+    report."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     trainer = result.trainer
@@ -284,9 +381,6 @@ def write(args: Args, domain: Domain, data: RankerData, result: Run, days: Days)
     found = metrics.user_bootstrap(
         rows.column("user_id").to_numpy()[known], label[known], score[known], metrics.METRICS
     )
-    samples = tables.ranker_samples(domain)
-    inputs = {**data.store.index.meta.tables}
-    inputs[samples.name] = delta.open_table(args.lake, samples).version()
     report = {
         **named,
         "days": str(days),
@@ -301,13 +395,15 @@ def write(args: Args, domain: Domain, data: RankerData, result: Run, days: Days)
         "rows_per_s": trainer.num_rows / result.seconds,
         "config": asdict(trainer.config),
         "training": asdict(trainer.training),
-        "input_versions": inputs,
+        "input_versions": dict(manifest.tables),
+        "manifest": manifest.name,
         "user_share": args.user_share,
         "user_seed": args.user_seed,
     }
     text = json.dumps(report, indent=1, sort_keys=True, default=str)
     _write_whole(out / "metrics.json", lambda path: path.write_text(text))
     saved.save(out / "model", args.ranker, trainer, data, domain, report)
+    manifests.write(out, manifest, digest)
     shutil.rmtree(out / "progress", ignore_errors=True)
     return report
 

@@ -17,7 +17,7 @@ from compressor.export import TokenWriter
 from compressor.walk import DayResult
 from jobs import ledger
 from jobs.train_compressor import FLUSH_DAYS, day_range, device_of, stream_days
-from pipelines import delta, tables
+from pipelines import delta, forgotten, tables
 from pipelines.days import Days
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
@@ -71,7 +71,10 @@ def main(args: Args) -> dict[str, Any]:
     if args.dry_run:
         log.info("would write tokens of %s with %s", days, row["compressor_version"])
         return {**summary, "tokens": 0}
-    with ledger.job(args.lake, "write-tokens", args) as run:
+    with (
+        ledger.job(args.lake, "write-tokens", args) as run,
+        forgotten.kept_out(args.lake, domain) as gone,
+    ):
         trainer, vocabulary, version = versions.load(
             args.lake, args.version, domain, device_of(args.device)
         )
@@ -81,6 +84,7 @@ def main(args: Args) -> dict[str, Any]:
         writer = None
         for chunk in tqdm(list(days.chunks(FLUSH_DAYS)), desc="tokens", unit="month"):
             rows = delta.read(args.lake, stream, chunk, version=stream_version)
+            rows = forgotten.without(rows, gone)
             data = streams.load(rows, domain, vocabulary, device_of(args.device))
             items = writer.items if writer else None
             writer = TokenWriter(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from deltalake import CommitProperties, DeltaTable, Schema, write_deltalake
+from deltalake import CommitProperties, DeltaTable, Schema, WriterProperties, write_deltalake
 from deltalake.exceptions import (
     CommitFailedError,
     DeltaError,
@@ -27,6 +28,15 @@ from pipelines.schema_changes import added, check_all, check_meanings
 from pipelines.tables import FEATURE, Table
 
 MAX_TRIES = 8
+ROW_GROUP = 32_768
+"""Rows: cut this small, those of one user are found an order of magnitude faster."""
+NUM_INDEXED = "delta.dataSkippingNumIndexedCols"
+KEPT_LOG = {"delta.logRetentionDuration": "interval 36500 days"}
+"""Commits are what tells right days from stale ones, and manifests pin old versions; by default
+they are gone after 30 days."""
+OF_EVENTS = KEPT_LOG | {NUM_INDEXED: "0"}
+"""Properties of every table of events: a file's smallest and largest user id in the log would
+outlive the user, and as hashes they help no reader to skip a file."""
 
 
 def uri(lake: str, table: Table) -> str:
@@ -217,9 +227,10 @@ def replace(
         # One chunk: the writer takes chunks in any order.
         ordered = ordered.combine_chunks()
     properties = _said(with_days(commit, days))
-    for attempt in range(MAX_TRIES):
+
+    def write() -> None:
+        evolve(lake, table, commit=commit)
         try:
-            evolve(lake, table, commit=commit)
             write_deltalake(
                 place,
                 ordered,
@@ -227,19 +238,88 @@ def replace(
                 predicate=" AND ".join(clauses) or None,
                 commit_properties=properties,
             )
-            return DeltaTable(place).version()
-        except CommitFailedError as error:
-            if attempt + 1 == MAX_TRIES:
-                raise RetryableError(
-                    f"another writer kept winning {table.name} {days}: {error}"
-                ) from error
-            time.sleep(random.uniform(0, 0.1 * 2**attempt))
         except SchemaMismatchError as error:
             # Perhaps a feature of another domain file, which came since the columns were compared.
             check_features(lake, table)
             raise InputError(f"{table.name} is stored with other columns: {error}") from error
+
+    _committed(write, f"{table.name} {days}", place)
+    return DeltaTable(place).version()
+
+
+def rewrite(
+    lake: str,
+    table: Table,
+    days: Sequence[date],
+    changed: Callable[[], Callable[[pa.Table], pa.Table]],
+    *,
+    commit: Mapping[str, str],
+) -> None:
+    """Each of `days` becomes what a function makes of its rows, in one commit that names no days:
+    they stay those of the commit that wrote them.
+
+    Days are read one at a time, in order. What another writer commits to them meanwhile is a
+    conflict, after which `changed` gives a new function and all are read again.
+    """
+    names = ", ".join(f"'{day}'" for day in sorted(days))
+
+    def write() -> None:
+        evolve(lake, table, commit=commit)
+        opened, change = open_table(lake, table), changed()
+
+        def made(day: date) -> list[pa.RecordBatch]:
+            # A day is one batch: batches that follow each other are written in any order.
+            return change(_day(opened, table, day)).combine_chunks().to_batches()
+
+        # delta-rs asks for batches from within its own runtime, in which it cannot be called.
+        with ThreadPoolExecutor(1) as reader:
+            batches = (batch for day in sorted(days) for batch in reader.submit(made, day).result())
+            write_deltalake(
+                opened,
+                pa.RecordBatchReader.from_batches(table.schema, batches),
+                mode="overwrite",
+                predicate=f"event_date IN ({names})",
+                commit_properties=_said(commit),
+                writer_properties=WriterProperties(
+                    max_row_group_size=ROW_GROUP, compression="ZSTD"
+                ),
+            )
+
+    if days:
+        _committed(write, f"{len(days)} days of {table.name}", uri(lake, table))
+
+
+def has_properties(lake: str, table: Table, wanted: Mapping[str, str]) -> bool:
+    return wanted.items() <= open_table(lake, table).metadata().configuration.items()
+
+
+def ensure_properties(lake: str, table: Table, wanted: Mapping[str, str]) -> None:
+    """Give an older table the properties that it would be made with now."""
+    if not has_properties(lake, table, wanted):
+        _committed(
+            lambda: open_table(lake, table).alter.set_table_properties(dict(wanted)),
+            f"the properties of {table.name}",
+            uri(lake, table),
+        )
+
+
+def _day(opened: DeltaTable, table: Table, day: date) -> pa.Table:
+    rows = scan(opened, table, table.schema.names, ds.field("event_date") == day).to_table()
+    order = dict.fromkeys((*table.partition_by, *table.sort_by))
+    return rows.cast(table.schema).sort_by([(name, "ascending") for name in order])
+
+
+def _committed(write: Callable[[], None], what: str, place: str) -> None:
+    """Write; while other writers win, up to MAX_TRIES times."""
+    for attempt in range(MAX_TRIES):
+        try:
+            return write()
+        except CommitFailedError as error:
+            if attempt + 1 == MAX_TRIES:
+                raise RetryableError(f"another writer kept winning {what}: {error}") from error
+            time.sleep(random.uniform(0, 0.1 * 2**attempt))
         except OSError as error:
-            raise RetryableError(f"could not write {table.name} {days}: {error}") from error
+            raise RetryableError(f"could not write {what}: {error}") from error
         except DeltaError as error:
             raise _as_ours(error, f"could not write {place}") from error
     raise AssertionError("unreachable")
@@ -253,7 +333,13 @@ def _create(where: str, table: Table) -> None:
     """The empty table first, so that the predicate guards the first write too; losing the race to
     create it is fine."""
     try:
-        DeltaTable.create(where, table.schema, mode="error", partition_by=list(table.partition_by))
+        DeltaTable.create(
+            where,
+            table.schema,
+            mode="error",
+            partition_by=list(table.partition_by),
+            configuration=OF_EVENTS if "event_date" in table.partition_by else KEPT_LOG,
+        )
     except (DeltaError, OSError) as error:
         if not DeltaTable.is_deltatable(where):
             raise _as_ours(error, f"could not create {where}") from error

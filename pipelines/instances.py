@@ -12,6 +12,7 @@ from pyspark.sql.types import DataType, MapType
 from pipelines import tables
 from pipelines.days import Days
 from pipelines.domain import Domain, Feature, Label, check_columns
+from pipelines.forgotten import BROKEN_ROW
 from pipelines.raw_values import list_of, microseconds, moment, number, text
 
 DERIVED = {
@@ -21,8 +22,6 @@ DERIVED = {
     "day-of-year": F.dayofyear,
 }
 """weekday: 0 is Monday."""
-BROKEN_ROW = "_broken_row"
-"""A raw column of this name holds what could not be split into the others, else null."""
 
 
 def instances(

@@ -202,6 +202,24 @@ def compressor_versions() -> Table:
     )
 
 
+def forgotten(domain: Domain) -> Table:
+    """One user who was erased and may not come back: the hash, and nothing readable."""
+    schema = pa.schema([("user_id", pa.int64())])
+    return Table(f"forgotten/{domain.name}", schema, ("user_id",), ())
+
+
+def manifests() -> Table:
+    """One training run whose inputs vacuum keeps: a row until it is released."""
+    columns = [
+        ("name", pa.string()),
+        ("domain", pa.string()),
+        ("job", pa.string()),
+        ("place", pa.string()),
+        ("manifest", pa.string()),
+    ]
+    return Table("manifests", pa.schema(columns), ("name",), ())
+
+
 def job_reports() -> Table:
     """One row per job run: what it read and wrote, how long it took, on what."""
     columns = [

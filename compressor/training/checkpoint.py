@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from compressor.training.loop import WeightAverage
 from pipelines.errors import InputError
 
+TENSORS = "tensors.safetensors"
+
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write `folder` atomically, replacing one of the same name."""
@@ -27,7 +29,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
     try:
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            temporary / "tensors.safetensors",
+            temporary / TENSORS,
         )
         (temporary / "meta.json").write_text(
             json.dumps(dict(meta), indent=1, sort_keys=True, default=str)
@@ -48,7 +50,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and meta of a checkpoint."""
     try:
-        return load_file(folder / "tensors.safetensors"), meta(folder)
+        return load_file(folder / TENSORS), meta(folder)
     except FileNotFoundError as error:
         raise _missing(folder) from error
     except SafetensorError as error:

@@ -7,9 +7,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+from pipelines import forgotten
 from pipelines.domain import Domain, check_columns
 from pipelines.errors import InputError
 from pipelines.sources import completejourney, movielens, synthetic
@@ -63,6 +64,44 @@ def prepare(
         log.info("wrote %s", path)
     _check(domain, path)
     return path
+
+
+def forget(domain: Domain, lake: Path | str, users: Collection[int], *, dry_run: bool) -> int:
+    """Take the users' events out of every raw file that `prepare` has written below the lake; gives
+    their number. A log that is read in place is its owner's and stays as it is."""
+    import pyarrow.parquet as pq
+
+    if not domain.source.reader:
+        return 0
+    num_rows = 0
+    for path in sorted((_folder(lake) / "raw" / domain.name).glob("events-*.parquet")):
+        column = pq.read_table(path, columns=[domain.columns.user])[domain.columns.user]
+        found = int(forgotten.of_keys(column, users).true_count)
+        num_rows += found
+        if found and not dry_run:
+            _without(path, domain.columns.user, users)
+    return num_rows
+
+
+def _without(path: Path, user_column: str, users: Collection[int]) -> None:
+    """The same file without the users' rows, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    part = path.with_name(f"{path.stem}.{os.getpid()}.tmp")
+    try:
+        with (
+            pq.ParquetFile(path) as source,
+            pq.ParquetWriter(part, source.schema_arrow, compression="zstd") as writer,
+        ):
+            for batch in source.iter_batches(122_880):
+                rows = pa.Table.from_batches([batch])
+                theirs = forgotten.of_keys(rows[user_column], users)
+                writer.write_table(rows.filter(pc.invert(theirs)))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _reader(domain: Domain) -> Callable[[Path, Sample], None]:

@@ -210,8 +210,8 @@ def test_the_commands_say_what_they_built(built: Built, shop: Shop) -> None:
         "1 days are empty\n"
     )
     assert built.json["build-instances"].keys() == {
-        "domain", "source", "days", "events", "kept", "quarantined", "rules", "instances",
-        "sampled", "empty_days", "version",
+        "domain", "source", "days", "events", "kept", "quarantined", "rules", "forgotten",
+        "instances", "sampled", "empty_days", "version",
     }  # fmt: skip
     assert built.json["build-streams"] == {
         "domain": "shop",
