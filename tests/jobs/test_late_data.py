@@ -71,54 +71,46 @@ def log(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     return Folder(tmp_path / name, request.param).start()
 
 
-def planned(shop: Shop, lake: object) -> list[str]:
-    said = done("backfill", shop, lake, "--dry-run").out.splitlines()
+def planned(shop: Shop, lake: object, *flags: object) -> list[str]:
+    said = done("backfill", shop, lake, "--dry-run", *flags).out.splitlines()
     return [line.strip() for line in said if "instances (" in line]
 
 
-CHANGED = (
-    "instances (raw log changed), streams (instances rewritten), samples (instances rewritten)"
-)
+ALONE = ("--groups", "instances")
+CHANGED = "instances (raw log changed)"
 
 
-def test_a_late_event_rebuilds_its_day_and_that_alone(
+def test_late_events_rebuild_their_days_and_no_other(
     spark: SparkSession, log: Folder, tmp_path: Path
 ) -> None:
-    lake = tmp_path / "lake"
-    said = done("build", log, lake).out
-    assert "iat backfill" not in said
-    assert planned(log, lake) == []
-    version = delta.open_table(str(lake), tables.instances(log.domain)).version()
-    log.add("late", [row("late", "7", us(SECOND, 99)), row("late", "8", us(LAST, 99))])
-    assert planned(log, lake) == [f"{SECOND}: {CHANGED}", f"{LAST}: {CHANGED}"]
-    # A build of one of them says that the other is left.
-    told = done("build", log, lake, *days_flags(one(LAST))).out
-    assert f"1 days built earlier have changed in the log since ({SECOND} the first)" in told
-    done("backfill", log, lake)
-    done("build", log, tmp_path / "anew")
-    assert content(lake, log.domain) == content(tmp_path / "anew", log.domain)
-    assert delta.open_table(str(lake), tables.instances(log.domain)).version() == version + 2
-    assert planned(log, lake) == []
-
-
-def test_the_same_events_in_other_files_change_nothing(
-    spark: SparkSession, log: Folder, tmp_path: Path
-) -> None:
-    done("build", log, tmp_path / "lake")
+    lake, instances = tmp_path / "lake", tables.instances(log.domain)
+    assert "iat backfill" not in done("build-instances", log, lake).out
+    # The same events in other files, and in another order, change nothing.
     if log.format == "delta":
         DeltaTable(log.log).optimize.compact()
     else:
         for file in log.log.iterdir():
             file.unlink()
         log.add("all", clicks()[::-1])
-    assert planned(log, tmp_path / "lake") == []
+    assert planned(log, lake, *ALONE) == []
+    version = delta.open_table(str(lake), instances).version()
+    log.add("late", [row("late", "7", us(SECOND, 99)), row("late", "8", us(LAST, 99))])
+    assert planned(log, lake, *ALONE) == [f"{SECOND}: {CHANGED}", f"{LAST}: {CHANGED}"]
+    # A build of one of them says that the other is left.
+    told = done("build-instances", log, lake, *days_flags(one(LAST))).out
+    assert f"1 days built earlier have changed in the log since ({SECOND} the first)" in told
+    done("backfill", log, lake, *ALONE)
+    done("build-instances", log, tmp_path / "anew")
+    assert delta.read(str(lake), instances) == delta.read(str(tmp_path / "anew"), instances)
+    assert delta.open_table(str(lake), instances).version() == version + 2
+    assert planned(log, lake, *ALONE) == []
 
 
 def test_a_day_opens_no_file_of_another_day(
     spark: SparkSession, log: Folder, tmp_path: Path
 ) -> None:
     lake = tmp_path / "lake"
-    done("build", log, lake, *days_flags(Days(FIRST, SECOND)))
+    done("build-instances", log, lake, *days_flags(Days(FIRST, SECOND)))
     held = sorted(file for file in log.log.glob("*.*") if file.is_file())
     new = [row("new", "3", us(LOG.end, 5))]
     log.add("tomorrow", new)
@@ -129,27 +121,21 @@ def test_a_day_opens_no_file_of_another_day(
         names = text[: text.index(b"\n") + 1] if log.format == "csv" else b""
         file.write_bytes(names.ljust(stat.st_size, b"\0"))
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    done("build", log, lake, *days_flags(one(LOG.end)))
+    done("build-instances", log, lake, *days_flags(one(LOG.end)))
     found = delta.read(str(lake), tables.instances(log.domain), one(LOG.end))
     assert found["user_key"].to_pylist() == ["new"]
 
 
-def test_a_day_that_the_log_has_lost_is_emptied(spark: SparkSession, tmp_path: Path) -> None:
+def test_days_that_the_log_has_lost_or_won_are_found(spark: SparkSession, tmp_path: Path) -> None:
     log, lake = Folder(tmp_path / "log").start(), tmp_path / "lake"
-    done("build", log, lake)
-    (log.log / f"day {LAST}.parquet").unlink()
-    done("backfill", log, lake)
-    assert delta.num_rows(str(lake), tables.instances(log.domain), one(LAST)) == {}
-    assert delta.num_rows(str(lake), tables.histories(log.domain), one(LAST)) == {}
-    assert planned(log, lake) == []
-
-
-def test_a_new_day_of_the_log_is_found(spark: SparkSession, tmp_path: Path) -> None:
-    log, lake = Folder(tmp_path / "log").start(), tmp_path / "lake"
-    done("build", log, lake, *days_flags(Days(SECOND, LAST)))
+    done("build-instances", log, lake, *days_flags(Days(SECOND, LAST)))
     # Days before the first that was built are nobody's wish; days after it are.
-    (line,) = planned(log, lake)
-    assert line.startswith(f"{LAST}: instances (missing)")
+    assert planned(log, lake, *ALONE) == [f"{LAST}: instances (missing)"]
+    (log.log / f"day {SECOND}.parquet").unlink()
+    done("backfill", log, lake, *ALONE)
+    held = delta.num_rows(str(lake), tables.instances(log.domain), Days(FIRST, LOG.end))
+    assert held.keys() == {LAST}
+    assert planned(log, lake, *ALONE) == []
 
 
 def test_a_label_that_matures_rewrites_its_day_and_is_unknown_until_its_time(
@@ -167,7 +153,8 @@ def test_a_label_that_matures_rewrites_its_day_and_is_unknown_until_its_time(
     before = content(lake, log.domain)["histories/shop"]
     assert [r["label_buy"] for r in before if r["event_date"] == FIRST].count(None) == 1
     log.add(f"day {FIRST}", [row("ann", "1", us(FIRST), price=9.0), row("bob", "2", us(FIRST, 1))])
-    assert planned(log, lake) == [f"{FIRST}: {CHANGED}"]
+    made_of_it = "streams (instances rewritten), samples (instances rewritten)"
+    assert planned(log, lake) == [f"{FIRST}: {CHANGED}, {made_of_it}"]
     done("backfill", log, lake)
     for table in ("histories/shop", "ranker_samples/shop"):
         rows = [r for r in content(lake, log.domain)[table] if r["label_buy"] == 1]
