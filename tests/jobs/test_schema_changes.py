@@ -29,6 +29,12 @@ from pipelines import delta, tables
 from pipelines.days import Days, as_number
 from pipelines.domain import Domain, Feature
 from pipelines.errors import InputError
+from pipelines.histories import histories
+from pipelines.instances import accepted, checked
+from pipelines.negatives import with_negatives
+from pipelines.samples import ranker_samples
+from pipelines.temporal_order import model_ready, temporal_order
+from pipelines.user_order import user_order
 from pipelines.written import last_written
 from tests.jobs.test_backfill import one, status, versions
 from tests.jobs.test_build_jobs import (
@@ -105,8 +111,22 @@ def evolved(
 
 @pytest.fixture(scope="module")
 def at_once(spark: SparkSession, new: Shop, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """All days of the new file, through the same transformations and the other door."""
     lake = str(tmp_path_factory.mktemp("at_once") / "lake")
-    done("build", new, lake)
+    domain = new.domain
+    events = spark.read.parquet(str(new.log))
+    rows = with_negatives(accepted(checked(events, domain, LOG), domain), domain).cache()
+    ready = model_ready(rows, domain)
+    made = {
+        tables.instances: rows,
+        tables.temporal_order: temporal_order(rows, domain),
+        tables.user_order: user_order(ready, domain),
+        tables.histories: histories(ready, domain),
+        tables.ranker_samples: ranker_samples(ready, domain),
+    }
+    for make, found in made.items():
+        delta.replace(lake, make(domain), found.toArrow(), LOG, commit=COMMIT)
+    rows.unpersist()
     return lake
 
 
