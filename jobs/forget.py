@@ -109,6 +109,10 @@ def main(args: Args) -> dict[str, Any]:
         _of_domain(folder, domain)
     # The ledger keeps a run's arguments; it must not keep whom this one is about.
     with ledger.job(args.lake, "forget", replace(args, user=("...",), users_file=None)) as run:
+        commit = ledger.commit_of(run, domain, {})
+        if not args.dry_run:
+            # Before anything is looked for: what no job writes from now on need not be found.
+            forgotten.add(args.lake, domain, users, commit=commit)
         traces = find(args.lake, domain, users)
         num_raw = sources.forget(domain, args.lake, users, dry_run=True)
         result: dict[str, Any] = {
@@ -122,7 +126,6 @@ def main(args: Args) -> dict[str, Any]:
             "old_statistics": with_statistics(args.lake, domain),
         }
         if not args.dry_run:
-            commit = ledger.commit_of(run, domain, {})
             erase(args.lake, domain, users, traces, commit=commit)
             result["indexes"] = [
                 str(folder) for folder in args.index if rebuilt(args.lake, domain, folder)
@@ -175,8 +178,7 @@ def erase(
     *,
     commit: Mapping[str, str],
 ) -> None:
-    """First the users are kept out, then they leave, table by table."""
-    forgotten.add(lake, domain, users, commit=commit)
+    """The users leave, table by table; they are kept out already."""
     for table in _events_tables(lake, domain):
         delta.ensure_properties(lake, table, delta.OF_EVENTS)
     if traces.sums:

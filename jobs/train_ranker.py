@@ -127,14 +127,11 @@ def main(args: Args) -> dict[str, Any]:
     days, version = sample_days(args, domain, held)
     if args.dry_run:
         return {"domain": domain.name, "arm": args.arm, "days": str(days), "out": args.out}
-    with (
-        ledger.job(args.lake, "train-ranker", args) as row,
-        forgotten.kept_out(args.lake, domain) as gone,
-        tempfile.TemporaryDirectory() as temp,
-    ):
+    with ledger.job(args.lake, "train-ranker", args) as row, tempfile.TemporaryDirectory() as temp:
         index = user_index(args, domain, days, Path(temp) / "index", held)
         samples = tables.ranker_samples(domain)
-        rows = forgotten.without(delta.read(args.lake, samples, days, version=version), gone)
+        rows = delta.read(args.lake, samples, days, version=version)
+        rows = forgotten.without(rows, forgotten.ids(args.lake, domain))
         manifest = manifest_of(args, domain, days, index, {samples.name: version})
         if held is not None and held != manifest:
             raise InputError(

@@ -314,22 +314,27 @@ def test_a_job_that_ran_meanwhile_fails_and_is_worth_a_retry(shop: Shop, tmp_pat
     assert forgotten.ids(lake, domain) == {1, 2, 3}
 
 
-def test_a_day_rewritten_meanwhile_is_not_undone(shop: Shop, place: Path) -> None:
+@pytest.mark.parametrize("moment", ["before its rows are read", "after"])
+def test_a_day_rewritten_meanwhile_is_not_undone(shop: Shop, place: Path, moment: str) -> None:
     lake, table = str(place / "lake"), tables.histories(shop.domain)
     rows = delta.read(lake, table, one(FIRST))
     num_tries = 0
 
+    def other_writer() -> None:
+        delta.replace(lake, table, rows.slice(0, 3), one(FIRST), commit={"job": "other"})
+
     def changed() -> Callable[[pa.Table], pa.Table]:
         nonlocal num_tries
         num_tries += 1
-        if num_tries == 1:
+        if num_tries == 1 and moment == "before its rows are read":
+            other_writer()
 
-            def late(held: pa.Table) -> pa.Table:
-                delta.replace(lake, table, rows.slice(0, 3), one(FIRST), commit={"job": "other"})
-                return held
+        def change(held: pa.Table) -> pa.Table:
+            if num_tries == 1 and moment == "after":
+                other_writer()
+            return held
 
-            return late
-        return lambda held: held
+        return change
 
     delta.rewrite(lake, table, [FIRST], changed, commit={"job": "test"})
     assert num_tries == 2
