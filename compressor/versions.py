@@ -53,13 +53,17 @@ class Version:
 
 def folder(lake: str, line: str, name: str) -> Path:
     """Where a version's weights are: beside the lake's tables."""
+    return line_folder(lake, line) / checked_line(name, "compressor version")
+
+
+def line_folder(lake: str, line: str) -> Path:
+    """Where the weights of all of a line's versions are."""
     if "://" in lake:
         raise InputError(
             f"compressor weights are kept in a local lake for now; {lake} is an object store: pass "
             f"a local --lake"
         )
-    parts = checked_line(line), checked_line(name, "compressor version")
-    return Path(lake, "artifacts", "compressors", *parts)
+    return Path(lake, "artifacts", "compressors", checked_line(line))
 
 
 def save(

@@ -180,7 +180,8 @@ def train(
     manifest = manifest_of(args, domain, days, planned, parent, held)
     found = manifests.digest(rows)
     manifests.check_digest(found, digest)
-    manifests.register(args.lake, manifest, _place(args.lake, line))
+    place = versions.line_folder(args.lake, line).absolute()
+    manifests.register(args.lake, manifest, str(place))
     vocabulary = streams.vocabulary_of(rows, domain)
     trainer, vocabulary, planned, done = _begin(args, domain, planned, days, vocabulary, device)
     summary["width"] = planned.config.bottleneck
@@ -236,11 +237,6 @@ def manifest_of(
             "have changed since it was written; train without --manifest"
         )
     return found
-
-
-def _place(lake: str, line: str) -> str:
-    """Where a line's weights are."""
-    return str(versions.folder(lake, line, "").absolute())
 
 
 def _parent(args: Args) -> dict[str, Any] | None:
