@@ -1,6 +1,6 @@
 # Everything runs from a fresh clone: each target sets up what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check faults lock
+.PHONY: help setup quickstart test check faults bench lock
 
 # The first Python that is new enough.
 PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.14 python3.11; do \
@@ -30,6 +30,9 @@ check: setup ## ruff, format, mypy strict, import contracts
 
 faults: setup ## every job killed, raced, reordered, out of disk and with wrong clocks (N=200, ARGS='--seed 7')
 	@.venv/bin/python -m tests.faults.run --num $(or $(N),20) $(ARGS)
+
+bench: setup ## what the README claims of speed, measured (ONLY=day_cost, ARGS='--json FILE')
+	@.venv/bin/python -m benchmarks.$(or $(ONLY),day_cost) $(ARGS)
 
 # --universal: one file for every Python from 3.11 on; --no-emit-index-url: it names no host.
 LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header

@@ -54,6 +54,8 @@ class RawLog:
 
     def read(self, files: Set[str]) -> DataFrame:
         """The events of some files, with the columns of the whole log."""
+        if not files:
+            return self.events.where(F.lit(False))
         if files >= self.files().keys():
             return self.events
         if self.format != "delta":

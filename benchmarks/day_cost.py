@@ -1,0 +1,158 @@
+"""A day costs a day: the time and the bytes read to build each of 60 days, one after the other.
+
+`make bench ONLY=day_cost`: a seeded log of one Parquet file a day is built day by day, as a
+schedule would, in one Spark session, then walked by a compressor line and indexed. Flat means that
+the last ten days take, and read, at most 1.2 times what days 2 to 11 do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date, timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from downstream.user_index import UserIndex
+from jobs import build_instances, build_samples, build_streams, ledger, train_compressor
+from jobs.spark import session
+from pipelines.days import Days, midnight, to_us
+from pipelines.domain import load
+
+FIRST = date(2026, 1, 1)
+BAR = 1.2
+DOMAIN = """
+name = "days"
+source = {path = "log"}
+columns = {user = "user", item = "item", time = "at", time_unit = "us"}
+[[label]]
+name = "click"
+column = "click"
+[[feature]]
+name = "item"
+column = "item"
+side = "item"
+[[feature]]
+name = "brand"
+column = "brand"
+side = "item"
+[[feature]]
+name = "price"
+column = "price"
+kind = "number"
+"""
+
+
+def write_day(folder: Path, day: date, num_events: int, num_users: int) -> None:
+    """One day's events as one file of the log."""
+    draw = np.random.default_rng(day.toordinal())
+    item = draw.zipf(1.3, num_events) % 5000
+    table = {
+        "user": draw.integers(0, num_users, num_events),
+        "item": item,
+        "brand": item % 97,
+        "price": draw.lognormal(size=num_events),
+        "click": draw.integers(0, 2, num_events),
+        "at": to_us(midnight(day)) + np.sort(draw.integers(0, 86_400_000_000, num_events)),
+    }
+    pq.write_table(pa.table(table), folder / f"{day}.parquet")
+
+
+def read_so_far(pids: list[int]) -> int:
+    """Bytes that processes have read, from files, pipes and caches alike."""
+    lines = [Path(f"/proc/{pid}/io").read_text().splitlines()[0] for pid in pids]
+    return sum(int(line.removeprefix("rchar: ")) for line in lines)
+
+
+def measured(pids: list[int], work: Callable[[], Any]) -> tuple[float, int]:
+    """(seconds, bytes read)."""
+    before, started = read_so_far(pids), time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        work()
+    return time.perf_counter() - started, read_so_far(pids) - before
+
+
+def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict[str, Any]]:
+    """Every day through every job; the rows of the benchmark."""
+    (root / "log").mkdir()
+    (root / "days.toml").write_text(DOMAIN)
+    domain, lake = load(str(root / "days.toml")), str(root / "lake")
+    spark = session("local[2]", memory="2g")
+    java = spark.sparkContext._jvm.java.lang.ProcessHandle.current().pid()
+    pids = [os.getpid(), int(java)]
+    found: dict[str, list[tuple[float, int]]] = {}
+    for number in range(num_days):
+        day = FIRST + timedelta(days=number)
+        write_day(root / "log", day, num_events, num_users)
+        only: dict[str, Any] = {
+            "domain": str(root / "days.toml"), "lake": lake, "start": day,
+            "end": day + timedelta(days=1),
+        }  # fmt: skip
+        line = only | {"parent": "user" if number else "", "device": "cpu"}
+        so_far = Days(FIRST, day + timedelta(days=1))
+        index = partial(UserIndex.build, lake, domain, root / f"index{number}", lines=["user"])
+        work: dict[str, Callable[[], Any]] = {
+            "instances": partial(build_instances.main, build_instances.Args(**only)),
+            "streams and histories": partial(build_streams.main, build_streams.Args(**only)),
+            "samples": partial(build_samples.main, build_samples.Args(**only)),
+            "tokens": partial(train_compressor.main, train_compressor.Args(**line)),
+            "user index": partial(index, days=so_far),
+        }
+        for name, do in work.items():
+            found.setdefault(name, []).append(measured(pids, do))
+        told = ", ".join(f"{name} {found[name][-1][0]:.1f} s" for name in work)
+        sys.stderr.write(f"{day}: {told}\n")
+    return [row for name, days in found.items() for row in rows_of(name, days)]
+
+
+def rows_of(name: str, days: list[tuple[float, int]]) -> list[dict[str, Any]]:
+    """Time and bytes of the last ten days over those of days 2 to 11, in medians."""
+    made = []
+    for place, unit in enumerate(("s", "bytes read")):
+        early, late = (
+            statistics.median(day[place] for day in part) for part in (days[1:11], days[-10:])
+        )
+        made.append(
+            {
+                "name": f"{name}, {unit} a day", "value": late, "unit": unit,
+                "against": "days 2 to 11", "ratio": late / early, "bar": BAR,
+                "met": late / early <= BAR, "machine": ledger.machine(),
+            }
+        )  # fmt: skip
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--days", type=int, default=60)
+    parser.add_argument("--events", type=int, default=20_000, help="a day")
+    parser.add_argument("--users", type=int, default=2_000)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run(args.days, args.events, args.users, Path(folder))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    for row in rows:
+        value = f"{row['value']:.2f}" if row["unit"] == "s" else f"{row['value'] / 1e6:.1f} M"
+        sys.stdout.write(
+            f"{row['name']:38s} {value:>9s}  {row['ratio']:.2f} x days 2 to 11"
+            f"{'' if row['met'] else '   MISSES ' + str(row['bar'])}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
