@@ -28,7 +28,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make faults", description=__doc__)
     parser.add_argument("--num", type=int, default=20, help="schedules")
     parser.add_argument("--seed", type=int, help="of the first schedule; the others follow")
-    parser.add_argument("--job", choices=JOBS, help="faults of one job alone")
+    parser.add_argument("--job", choices=sorted(set(JOBS)), help="faults of one job alone")
     parser.add_argument("--fault", choices=sorted(set(FAULTS)), help="of one kind")
     parser.add_argument("--plant", choices=PLANTS, default="", help="a fault of the writing code")
     args = parser.parse_args()
