@@ -31,7 +31,7 @@ def _append(right: Callable[..., int]) -> Callable[..., int]:
     """A blind append: the days' rows are added to what is there."""
 
     def replace(self: SparkTables, table: Table, rows: DataFrame, days: Days, **more: Any) -> int:
-        path = self._path(table)
+        path = delta.uri(self.lake, table)
         self._create_if_absent(table, path)
         _as_declared(table, rows).write.format("delta").mode("append").save(path)
         return delta.open_table(self.lake, table).version()
@@ -43,13 +43,13 @@ def _commit_first(right: Callable[..., int]) -> Callable[..., int]:
     """The commit is there before the files that it names."""
 
     def replace(self: SparkTables, table: Table, rows: DataFrame, days: Days, **more: Any) -> int:
-        there = Path(self._path(table))
+        there = Path(delta.uri(self.lake, table))
         with tempfile.TemporaryDirectory() as folder:
             beside = SparkTables(self.spark, folder)
             if there.exists():
-                shutil.copytree(there, beside._path(table))
+                shutil.copytree(there, delta.uri(folder, table))
             version = right(beside, table, rows, days, **more)
-            made = Path(beside._path(table))
+            made = Path(delta.uri(folder, table))
             for part in ("_delta_log/*.json", "*/*.parquet"):
                 for file in made.glob(part):
                     target = there / file.relative_to(made)
