@@ -52,7 +52,6 @@ def open_events(
         raise InputError(f"{where} does not read as {kind}: {reason(str(error))}") from error
     if not events.columns:
         raise InputError(f"{where} is empty: a CSV file starts with the names of its columns")
-    # A lone file is its own base; its events are never asked for in part.
     some = reader.schema(events.schema).option("basePath", place)
     return RawLog(place, kind, events, some)
 
@@ -82,7 +81,7 @@ def _place(domain: Domain) -> str:
     path = domain.source.path
     if "://" in path:
         return path
-    place = domain.folder / path
+    place = (domain.folder / path).absolute()
     if not place.exists():
         raise InputError(
             f"[source] path of domain {domain.name!r}: there is nothing at {place}; "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
+from pipelines.names import checked_table
 from pipelines.places import shown
 from pipelines.tables import Table
 from pipelines.written import days_written
@@ -203,9 +203,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def named(name: str) -> Table:
     """A table of which only the name is known; InputError where it is no name."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", name):
-        raise InputError(f"{name!r} is no table name: letters, digits, _ - . and / only")
-    return Table(name, pa.schema([]), (), ())
+    return Table(checked_table(name), pa.schema([]), (), ())
 
 
 def _full_name(args: Args) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
@@ -19,19 +20,23 @@ from jobs.spark_progress import task_bar
 from pipelines import delta, tables
 from pipelines.domain import Domain
 from pipelines.instances import days_in
-from pipelines.raw_files import RawFiles, known
+from pipelines.raw_files import RawFiles, known, named
 
 
 @dataclass(frozen=True)
 class RawLog:
-    """Where a domain's events are, and how Spark reads them."""
+    """Where a domain's events are, and how Spark reads them.
+
+    Its files are listed once: what is read later is of those, or fails. A file that comes meanwhile
+    is for the next run.
+    """
 
     place: str
     """File, folder or URI."""
     format: str
     """parquet, csv or delta."""
     events: DataFrame
-    """All of them."""
+    """All of them, for their columns."""
     reader: DataFrameReader
     """Of some of its files (not for delta)."""
 
@@ -39,60 +44,60 @@ class RawLog:
     def spark(self) -> SparkSession:
         return self.events.sparkSession
 
+    @cached_property
     def files(self) -> dict[str, str]:
-        """Every file, named from the log's root on, with its stamp: once it holds something else,
-        its stamp is another. No file is opened."""
-        if self.format == "delta":
-            root, snapshot = self._snapshot()
-            added = DataFrame(snapshot.allFiles().toDF(), self.spark)
-            rows = added.select("path", "size", "modificationTime", "deletionVector.pathOrInlineDv")
-            return {
-                self.named(f"{root}/{path}"): " ".join(str(x) for x in stamp if x is not None)
-                for path, *stamp in rows.collect()
-            }
-        return {self.named(quote(path)): stamp for path, stamp in self._listed()}
+        """Every file, by its name below the log's root, with its stamp: once it holds something
+        else, its stamp is another. No file is opened."""
+        return {name: stamp for name, (_, stamp) in self._listed.items()}
 
     def read(self, files: Set[str]) -> DataFrame:
         """The events of some files, with the columns of the whole log."""
         if not files:
             return self.events.where(F.lit(False))
-        if files >= self.files().keys():
+        paths = sorted(self._listed[file][0] for file in files)
+        if self.format == "delta":
+            return self._read_added(paths)
+        if len(self._listed) == 1:  # perhaps the log is that file, which is no base of itself
             return self.events
-        if self.format != "delta":
-            kept = sorted(path for path, _ in self._listed() if self.named(quote(path)) in files)
-            return self.reader.load(list(map(literal, kept)))
-        root, snapshot = self._snapshot()
-        every, java = snapshot.allFiles().collectAsList(), self._java
-        some = java.java.util.ArrayList()
-        for at in range(every.size()):
-            if self.named(f"{root}/{every.get(at).path()}") in files:
-                some.add(every.get(at))
-        scala = java.scala.jdk.javaapi.CollectionConverters.asScala(some).toSeq()
-        none = java.scala.Option.empty()
-        frame = snapshot.deltaLog().createDataFrame(snapshot, scala, False, none)
-        return DataFrame(frame, self.spark)
+        return self.reader.load(list(map(literal, paths)))
 
-    def named(self, uri: str) -> str:
-        """A file of the log by its path below the log's root: nothing that opens it."""
-        path, root = unquote(uri), urlsplit(self.place).path if "://" in self.place else self.place
-        return path.partition(root)[2].strip("/") or path.rpartition("/")[2]
+    def _read_added(self, paths: Sequence[str]) -> DataFrame:
+        is_one: Any = F.col("path").isin(list(paths))
+        added = self._snapshot.allFiles().filter(is_one._jc).collectAsList()
+        files = self._java.scala.jdk.javaapi.CollectionConverters.asScala(added).toSeq()
+        log, none = self._snapshot.deltaLog(), self._java.scala.Option.empty()
+        return DataFrame(log.createDataFrame(self._snapshot, files, False, none), self.spark)
 
-    def _listed(self) -> list[tuple[str, str]]:
+    @cached_property
+    def _listed(self) -> dict[str, tuple[str, str]]:
+        """Path (as the log itself has it) and stamp by name."""
+        if self.format == "delta":
+            root = str(self._snapshot.deltaLog().dataPath().toString())
+            added = DataFrame(self._snapshot.allFiles().toDF(), self.spark)
+            rows = added.select("path", "size", "modificationTime", "deletionVector.pathOrInlineDv")
+            return {
+                named(self.place, f"{root}/{unquote(path)}"): (path, " ".join(map(str, stamp)))
+                for path, *stamp in rows.collect()
+            }
         listed = self.spark.read.format("binaryFile").load(literal(self.place))
         rows = listed.select("path", "length", F.unix_micros("modificationTime"))
-        return [(path, f"{length} {modified}") for path, length, modified in rows.collect()]
+        return {
+            named(self.place, path): (path, " ".join(map(str, stamp)))
+            for path, *stamp in rows.collect()
+        }
 
-    @property
-    def _java(self) -> Any:
-        return self.spark._jvm
-
-    def _snapshot(self) -> tuple[str, Any]:
-        """The Delta table's folder, quoted as its files' paths are, and its newest state."""
+    @cached_property
+    def _snapshot(self) -> Any:
+        """The Delta table's state when it was first asked for."""
         none = self._java.scala.Option.empty()
         log = self._java.org.apache.spark.sql.delta.DeltaLog.forTable(
             self.spark._jsparkSession, self.place
         )
-        return quote(str(log.dataPath().toString())), log.update(False, none, none)
+        return log.update(False, none, none)
+
+    @property
+    def _java(self) -> Any:
+        return self.spark._jvm
 
 
 def looked(log: RawLog, lake: str, domain: Domain, *, commit: Mapping[str, str] | None) -> RawFiles:
@@ -101,7 +106,7 @@ def looked(log: RawLog, lake: str, domain: Domain, *, commit: Mapping[str, str] 
     table, last = tables.raw_files(domain), known(lake, domain)
     rows = last.rows if last else table.schema.empty_table()
     how = json.dumps([log.format, domain.columns.time, domain.columns.time_unit])
-    listed = {file: f"{stamp} {how}" for file, stamp in log.files().items()}
+    listed = {file: f"{stamp} {how}" for file, stamp in log.files.items()}
     held = dict(zip(rows["file"].to_pylist(), rows["stamp"].to_pylist(), strict=True))
     fresh = {file for file, stamp in listed.items() if held.get(file) != stamp}
     if last and not fresh and listed.keys() == held.keys():
@@ -121,13 +126,10 @@ def _opened(log: RawLog, domain: Domain, files: Mapping[str, str]) -> list[dict[
     with task_bar(log.spark, f"new files of {domain.name}"):
         counted = days_in(log.read(files.keys()), domain).collect()
     empty = {"event_date": None, "num_events": 0, "content": Decimal(0)}
-    found = [row.asDict() | {"file": log.named(row["file"])} for row in counted]
+    found = [row.asDict() | {"file": named(log.place, unquote(row["file"]))} for row in counted]
     without = files.keys() - {row["file"] for row in found}
-    return [
-        row | {"stamp": files[row["file"]]}
-        for row in [*found, *({"file": file} | empty for file in without)]
-        if row["file"] in files
-    ]
+    found += [{"file": file} | empty for file in without]
+    return [row | {"stamp": files[row["file"]]} for row in found]
 
 
 def literal(file: str) -> str:

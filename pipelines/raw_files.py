@@ -8,6 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
+from urllib.parse import urlsplit
 
 import pyarrow as pa
 
@@ -64,3 +65,22 @@ def known(lake: str, domain: Domain) -> RawFiles | None:
     """What the last run found; None where none has looked."""
     table = tables.raw_files(domain)
     return RawFiles(delta.read(lake, table)) if delta.exists(lake, table) else None
+
+
+def named(place: str, path: str) -> str:
+    """A file of the log that is at a place: its path below that, with nothing that opens it.
+
+    >>> named("/data/log", "file:/data/log/day=1/part-0.parquet")
+    'day=1/part-0.parquet'
+    >>> named("/data/log.csv", "file:/data/log.csv")
+    'log.csv'
+    >>> named("s3a://key:secret@bucket", "s3a://key:secret@bucket/day=1/part-0.parquet")
+    'day=1/part-0.parquet'
+    >>> named("s3a://bucket/day=*", "s3a://bucket/day=1/part-0.parquet")
+    'day=1/part-0.parquet'
+    """
+    root = urlsplit(place).path if "://" in place else place
+    if root and root in path:
+        below = path.partition(root)[2].strip("/")
+        return below or path.rpartition("/")[2]
+    return path.partition("://")[2].partition("/")[2] or path

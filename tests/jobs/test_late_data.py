@@ -15,6 +15,9 @@ import pytest
 from deltalake import DeltaTable, write_deltalake
 from pyspark.sql import SparkSession
 
+from jobs.events import open_events
+from jobs.raw_log import looked
+from jobs.spark_faults import SPARK_ERRORS
 from pipelines import delta, tables
 from pipelines.days import Days, to_us
 from tests.jobs.test_build_jobs import (
@@ -58,8 +61,8 @@ class Folder(Shop):
             if rows:
                 write_deltalake(self.log, table, mode="append")
             return None
-        self.log.mkdir(exist_ok=True)
         path = self.log / f"{name}.{self.format}"
+        path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path) if self.format == "parquet" else pc.write_csv(table, path)
         return path
 
@@ -104,6 +107,40 @@ def test_late_events_rebuild_their_days_and_no_other(
     assert delta.read(str(lake), instances) == delta.read(str(tmp_path / "anew"), instances)
     assert delta.open_table(str(lake), instances).version() == version + 2
     assert planned(log, lake, *ALONE) == []
+
+
+def test_what_is_read_is_what_was_looked_at_whatever_comes_or_goes_meanwhile(
+    spark: SparkSession, log: Folder, tmp_path: Path
+) -> None:
+    raw = open_events(spark, log.domain, str(tmp_path / "lake"))
+    log.add("after it was opened", [row("late", "7", us(SECOND, 98))])
+    found = looked(raw, str(tmp_path / "lake"), log.domain, commit=None)
+    assert found.num_events == len(clicks()) + 1
+    log.add("after it was looked at", [row("late", "8", us(SECOND, 99))])
+    if log.format == "delta":
+        DeltaTable(log.log).optimize.compact()
+    assert raw.read(found.files_of(LOG)).count() == found.num_events
+    if log.format != "delta":
+        (log.log / f"day {SECOND}.{log.format}").unlink()
+        with pytest.raises(SPARK_ERRORS):
+            raw.read(found.files_of(LOG)).count()
+
+
+def test_files_of_one_name_in_many_folders_are_many_files(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    log = Folder(tmp_path / "log").start()
+    shutil.rmtree(log.log)
+    for day in (FIRST, SECOND):
+        log.add(f"dt={day}/part-0", [row("ann", "1", us(day)), row("bob", "2", us(day))])
+    raw = open_events(spark, log.domain, str(tmp_path / "lake"))
+    found = looked(raw, str(tmp_path / "lake"), log.domain, commit=None)
+    assert found.files_of(one(SECOND)) == {f"dt={SECOND}/part-0.parquet"}
+    events = raw.read(found.files_of(one(SECOND))).collect()
+    assert {(event["visitor"], event["dt"]) for event in events} == {
+        ("ann", SECOND),
+        ("bob", SECOND),
+    }
 
 
 def test_a_day_opens_no_file_of_another_day(
