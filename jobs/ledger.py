@@ -134,6 +134,13 @@ def features_of(domain: Domain) -> dict[str, str]:
     return {f.name: _hash(dataclasses.asdict(f)) for f in domain.features}
 
 
+def file_of(domain: Domain) -> str:
+    """What tells one state of a domain file from another for a training run: what built days depend
+    on, its features, and when tokens are published."""
+    parts = [config_of(domain), features_of(domain), dataclasses.asdict(domain.tokens)]
+    return _hash(parts)
+
+
 def _hash(held: object) -> str:
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
 

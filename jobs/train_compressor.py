@@ -25,6 +25,7 @@ from compressor.training import checkpoint, metrics
 from compressor.versions import Version
 from compressor.walk import DayResult, Trainer, fit, walk
 from jobs import ledger, progress
+from jobs.repeated import as_args, repeated
 from pipelines import delta, forgotten, manifests, tables
 from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
@@ -96,7 +97,7 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    held, digest = _repeated(args, domain)
+    held, digest = repeated(args.manifest, args.lake, "train-compressor", domain)
     if held is not None:
         given = {name: getattr(args, name) for name in ABOUT_PLACE if name != "line"}
         kept = as_args(held.args)
@@ -109,24 +110,6 @@ def main(args: Args) -> dict[str, Any]:
         result = train(args, domain, run, gone, held, digest)
         run.add(rows=result["rows"], num_bytes=result["tokens"] * 2 * result["width"])
     return result
-
-
-def as_args(told: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's arguments as a command takes them."""
-    dates = ("start", "end", "test_start")
-    return {k: date.fromisoformat(v) if k in dates and v else v for k, v in told.items()}
-
-
-def _repeated(args: Args, domain: Domain) -> tuple[Manifest | None, str]:
-    """The manifest to repeat, all of it there, and the digest of what it read."""
-    if args.manifest is None:
-        return None, ""
-    held, digest = manifests.read(args.manifest)
-    manifests.check(
-        args.lake, held, job="train-compressor", domain=domain.name,
-        config=ledger.config_of(domain), code=ledger.code_version(),
-    )  # fmt: skip
-    return held, digest
 
 
 def train(
@@ -221,7 +204,7 @@ def manifest_of(
     found = Manifest.of(
         "train-compressor",
         replace(args, start=days.start, end=days.end, parent=planned.parent), ABOUT_PLACE,
-        domain=domain.name, config=ledger.config_of(domain), code=ledger.code_version(),
+        domain=domain.name, config=ledger.file_of(domain), code=ledger.code_version(),
         tables=planned.input_versions, days=[str(days.start), str(days.end)],
         user_share=args.user_share, user_seed=args.user_seed,
         more={

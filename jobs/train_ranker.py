@@ -28,7 +28,8 @@ from downstream.data import RankerData, with_shuffled_tokens
 from downstream.samples import Array
 from downstream.streaming import RankerTrainer, fit, walk
 from downstream.user_index import IndexStore, UserIndex
-from jobs import ledger, train_compressor
+from jobs import ledger
+from jobs.repeated import as_args, repeated
 from jobs.train_compressor import device_of
 from pipelines import delta, forgotten, manifests, tables
 from pipelines.days import Days, as_number
@@ -120,10 +121,12 @@ class Run:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    held, digest = _repeated(args, domain)
+    if args.manifest and args.index:
+        raise InputError("--manifest builds the index it needs: leave --index out")
+    held, digest = repeated(args.manifest, args.lake, "train-ranker", domain)
     if held is not None:
         given = {name: getattr(args, name) for name in ABOUT_PLACE}
-        args = Args(**given, **train_compressor.as_args(held.args))
+        args = Args(**given, **as_args(held.args))
     days, version = sample_days(args, domain, held)
     if args.dry_run:
         return {"domain": domain.name, "arm": args.arm, "days": str(days), "out": args.out}
@@ -162,20 +165,6 @@ def main(args: Args) -> dict[str, Any]:
     return report
 
 
-def _repeated(args: Args, domain: Domain) -> tuple[Manifest | None, str]:
-    """The manifest to repeat, all of it there, and the digest of what it read."""
-    if args.manifest is None:
-        return None, ""
-    if args.index:
-        raise InputError("--manifest builds the index it needs: leave --index out")
-    held, digest = manifests.read(args.manifest)
-    manifests.check(
-        args.lake, held, job="train-ranker", domain=domain.name,
-        config=ledger.config_of(domain), code=ledger.code_version(),
-    )  # fmt: skip
-    return held, digest
-
-
 def manifest_of(
     args: Args, domain: Domain, days: Days, index: UserIndex, samples: Mapping[str, int]
 ) -> Manifest:
@@ -189,7 +178,7 @@ def manifest_of(
     }
     return Manifest.of(
         "train-ranker", resolved, ABOUT_PLACE, domain=domain.name,
-        config=ledger.config_of(domain), code=ledger.code_version(),
+        config=ledger.file_of(domain), code=ledger.code_version(),
         tables={**meta.tables, **samples}, days=[str(days.start), str(days.end)],
         user_share=args.user_share, user_seed=args.user_seed, more=more,
     )  # fmt: skip

@@ -211,9 +211,14 @@ def test_a_manifest_that_no_longer_fits_is_refused(
     with monkeypatch.context() as patched:
         patched.setattr(ledger, "code_version", lambda: "9.9")
         refused("written by version .* of the toolkit and this is 9.9")
-    with monkeypatch.context() as patched:
-        patched.setattr(ledger, "config_of", lambda domain: "other")
-        refused("the domain file of tiny has changed")
+    spec = domain()
+    one, *others = spec.features
+    renamed = replace(spec, features=(replace(one, column="elsewhere"), *others))
+    later = replace(spec, tokens=replace(spec.tokens, delay="1d"))
+    for changed in (renamed, later):
+        with monkeypatch.context() as patched:
+            patched.setattr(train_compressor, "load_domain", lambda name, held=changed: held)
+            refused("the domain file of tiny has changed")
     with monkeypatch.context() as patched:
         patched.setattr(
             train_compressor, "SourceConfig", lambda order: small_config(order=order, context=4)
