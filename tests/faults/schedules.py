@@ -156,6 +156,8 @@ class Schedule:
         if self.draw.random() < 0.5:
             self._killed(days[0])
             self.left = [*days[1:], days[0]]
+        else:
+            self.outcome.hit += 1
 
     def with_disk(self) -> None:
         """A disk that is full half way; then one that is not."""
