@@ -64,9 +64,11 @@ def make_batch(
     *,
     context: int,
     known_before_us: int,
+    since_us: int = 0,
     generator: torch.Generator | None = None,
 ) -> SourceBatch:
-    """Units (row ranges of single users) with at most `context` earlier events each.
+    """Units (row ranges of single users) with at most `context` earlier events each, none of them
+    before `since_us`.
 
     Labels and next requests not known strictly before `known_before_us` read as unknown.
     """
@@ -75,6 +77,8 @@ def make_batch(
     event_end_U = t.event_before_N[begin_U]
     event_begin_U = torch.maximum(event_end_U - context, t.event_before_N[t.user_start_N[begin_U]])
     past, past_unit = ragged(event_begin_U, event_end_U)
+    is_read = t.time_N[t.events_E[past]] >= since_us
+    past, past_unit = past[is_read], past_unit[is_read]
     target_row, target_unit = ragged(begin_U, end_U)
     row_N = torch.cat([t.events_E[past], target_row])
     is_token_target = t.is_event_N[target_row]

@@ -55,6 +55,8 @@ class TrainingConfig:
     batch_units: int = 64
     replay: float = 1.0
     """Units of earlier days trained again, per unit of today (streaming)."""
+    window_days: int = 0
+    """Days before a walked day that it reads, as context and for replay; 0: all (streaming)."""
     epochs: int = 8
     """Passes over the days, forward then reversed in turn, at most (frozen)."""
     pass_steps: int = 400
@@ -71,10 +73,10 @@ class TrainingConfig:
         if (
             self.learning_rate <= 0
             or min(self.batch_units, self.epochs, self.pass_steps, self.patience) < 1
-            or self.replay < 0
+            or min(self.replay, self.window_days) < 0
             or not 0 <= self.average < 1
         ):
             raise ValueError(
                 f"learning_rate, batch_units, epochs, pass_steps and patience must be positive, "
-                f"replay not negative, average in [0, 1): {self}"
+                f"replay and window_days not negative, average in [0, 1): {self}"
             )

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pyarrow as pa
 
-from compressor import codecs, item_tokens
+from compressor import codecs, item_state, item_tokens
 from compressor.data import StreamData
 from compressor.walk import DayResult
 from pipelines import delta, tables
@@ -47,7 +47,7 @@ class TokenWriter:
         declare(self.lake, instance, TokenFormat("float16", self.width))
         declare(self.lake, item, TokenFormat("float32", self.width))
         if self.items is None:
-            self.items = item_tokens.ItemState.before(
+            self.items = item_state.before(
                 self.lake, self.domain.name, self.line, days.start, self.width
             )
         token_parts, item_parts = [instance.schema.empty_table()], [item.schema.empty_table()]
@@ -63,6 +63,7 @@ class TokenWriter:
             self.written[table.name] = delta.replace(
                 self.lake, table, pa.concat_tables(parts), days, line=self.line, commit=commit
             )
+        item_state.keep(self.lake, self.line, self.items, commit, days.end)
         self.pending.clear()
 
     def _available(self, day: int) -> datetime:

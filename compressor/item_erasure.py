@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from compressor import codecs
+from compressor import codecs, item_state
 from compressor.item_tokens import ItemState, advance
 from pipelines import delta, forgotten, tables
 from pipelines.days import as_number
@@ -81,6 +81,8 @@ def erase(
 
         return change
 
+    for line in sums:  # first: once the rows are rewritten, no second try would come here
+        item_state.drop(lake, line)
     delta.rewrite(lake, tables.item_tokens(domain_name), days, changed, commit=commit)
 
 

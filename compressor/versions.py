@@ -164,12 +164,16 @@ def load(
     return trainer, vocabulary, version
 
 
-def of_line(lake: str, line: str) -> list[Version]:
-    """The manifests of a line's versions; none where the line is not there yet."""
+def within(lake: str, line: str, days: Days) -> list[Version]:
+    """The manifests of a line's versions that end inside `days` or with them."""
     if not delta.exists(lake, tables.compressor_versions()):
         return []
     rows = delta.read(lake, tables.compressor_versions(), line=line).to_pylist()
-    return [_manifest(checkpoint.meta(Path(row["artifact"]))["version"]) for row in rows]
+    return [
+        _manifest(checkpoint.meta(Path(row["artifact"]))["version"])
+        for row in rows
+        if days.start < row["end"] <= days.end
+    ]
 
 
 def _manifest(held: Mapping[str, Any]) -> Version:

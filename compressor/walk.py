@@ -100,17 +100,20 @@ class Trainer:
         self,
         data: StreamData,
         units: list[Tensor],
-        known_before_us: list[int],
+        known_before_us: int,
         generator: torch.Generator,
+        since_us: int = 0,
     ) -> float:
-        """Train on groups of units in their order; returns the mean loss."""
+        """Train on groups of units in their order, with nothing that was known later or happened
+        earlier; returns the mean loss."""
         context = self.context
 
         def batches() -> Iterator[SourceBatch]:
-            for group, known in zip(units, known_before_us, strict=True):
+            for group in units:
                 yield make_batch(
-                    data, group, context=context, known_before_us=known, generator=generator
-                )
+                    data, group, context=context, known_before_us=known_before_us,
+                    since_us=since_us, generator=generator,
+                )  # fmt: skip
 
         def loss_of(batch: SourceBatch) -> Tensor:
             return self.losses(self.model, data, batch, self.model(batch))
@@ -130,10 +133,12 @@ class Trainer:
         return float(total) / max(1, len(units))
 
     @torch.no_grad()
-    def predict(self, data: StreamData, units: Int64s) -> tuple[Int64s, npt.NDArray[np.float32]]:
+    def predict(
+        self, data: StreamData, units: Int64s, since_us: int = 0
+    ) -> tuple[Int64s, npt.NDArray[np.float32]]:
         """Rows of the units and their logits under the averaged weights."""
         rows, scores = [], []
-        for row_Q, output in self._outputs(data, units):
+        for row_Q, output in self._outputs(data, units, since_us):
             rows.append(row_Q.cpu().numpy())
             scores.append(output.logit_Q.float().cpu().numpy())
         if not rows:
@@ -142,14 +147,14 @@ class Trainer:
 
     @torch.no_grad()
     def tokens_after_sit(
-        self, data: StreamData, units: Int64s
+        self, data: StreamData, units: Int64s, since_us: int = 0
     ) -> tuple[Int64s, npt.NDArray[np.float16]]:
         """Event rows of the units and, on the scale of tokens, what SIT reads for each when it is
         predicted: of its own row, fields known at the request alone (the control of papers/iat 1.4,
         storage after SIT)."""
         width = self.model.config.bottleneck
         rows, found = [np.zeros(0, np.int64)], [np.zeros((0, width), np.float16)]
-        for row_Q, output in self._outputs(data, units):
+        for row_Q, output in self._outputs(data, units, since_us):
             if output.read_QD is None:
                 raise ValueError("tokens after SIT need order 'user': this model has no SIT")
             is_event_Q = data.tensors.is_event_N[row_Q]
@@ -158,7 +163,9 @@ class Trainer:
             found.append(token_ED.half().cpu().numpy())
         return np.concatenate(rows), np.concatenate(found)
 
-    def _outputs(self, data: StreamData, units: Int64s) -> Iterator[tuple[Tensor, SourceOutput]]:
+    def _outputs(
+        self, data: StreamData, units: Int64s, since_us: int
+    ) -> Iterator[tuple[Tensor, SourceOutput]]:
         """Query rows and what the averaged weights say of them, some units at a time."""
         self.model.eval()
         with self.average:
@@ -166,7 +173,9 @@ class Trainer:
                 group = torch.from_numpy(units[start : start + PREDICT_UNITS]).to(
                     data.tensors.time_N.device
                 )
-                batch = make_batch(data, group, context=self.context, known_before_us=0)
+                batch = make_batch(
+                    data, group, context=self.context, known_before_us=0, since_us=since_us
+                )
                 yield batch.row_N[batch.query_Q], self.model(batch)
 
     @torch.no_grad()
@@ -201,8 +210,8 @@ def walk(
     post-SIT are what was read when the day was predicted, before it was trained on.
 
     Replay draws uniformly from the user-days in [first_day, day) (default: the first of `days`); a
-    replayed row reads
-    labels known by the end of the walked day, and nothing of a later day.
+    replayed row reads labels known by the end of the walked day, and nothing of a later day. With
+    `window_days`, nothing that is that much older than the walked day is read at all.
     """
     training, device = trainer.training, data.tensors.time_N.device
     first_day = int(days[0]) if first_day is None and len(days) else first_day
@@ -211,23 +220,24 @@ def walk(
     is_kept = np.ones(len(all_units), bool) if kept is None else kept[all_units[:, 0]]
     for day in map(int, days):
         today = all_units[unit_day == day]
-        row, score = trainer.predict(data, today)
-        read = trainer.tokens_after_sit(data, today)[1] if stored == "post-sit" else None
+        since = window_start(day, training, first_day or 0)
+        since_us = since * DAY_US if training.window_days else 0
+        row, score = trainer.predict(data, today, since_us)
+        read = trainer.tokens_after_sit(data, today, since_us)[1] if stored == "post-sit" else None
         random = np.random.default_rng([training.seed, day])
         generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + day)
         trained = all_units[(unit_day == day) & is_kept] if is_training else today[:0]
-        earlier = all_units[(unit_day < day) & (unit_day >= (first_day or 0)) & is_kept]
+        earlier = all_units[(unit_day < day) & (unit_day >= since) & is_kept]
         num_replayed = round(len(trained) * training.replay) if len(earlier) else 0
         replayed = (
             earlier[random.integers(0, len(earlier), num_replayed)] if num_replayed else earlier[:0]
         )
-        known_us = (day + 1) * DAY_US
         groups = _groups(random.permutation(trained), training.batch_units) + _groups(
             replayed, training.batch_units
         )
         units = [torch.from_numpy(g).to(device) for g in groups]
         loss = (
-            trainer.train_on(data, units, [known_us] * len(units), generator)
+            trainer.train_on(data, units, (day + 1) * DAY_US, generator, since_us)
             if units
             else float("nan")
         )
@@ -239,6 +249,11 @@ def walk(
         event_row = event_row[data.is_event[event_row]]
         token = trainer.tokens(data, event_row) if read is None else read
         yield DayResult(day, row, score, event_row, token, loss)
+
+
+def window_start(day: int, training: TrainingConfig, first_day: int) -> int:
+    """The first day that a walk of `day` reads, of a line that starts at `first_day`."""
+    return max(first_day, day - training.window_days) if training.window_days else first_day
 
 
 class FitResult(NamedTuple):
@@ -283,7 +298,7 @@ def fit(
             group["lr"] = rate * (1 - 0.9 * epoch / training.epochs)
         groups = [torch.from_numpy(g).to(device) for g in _groups(units[order], size)]
         generator = torch.Generator(device).manual_seed(training.seed * 1_000_003 + epoch)
-        loss = trainer.train_on(data, groups, [border * DAY_US] * len(groups), generator)
+        loss = trainer.train_on(data, groups, border * DAY_US, generator)
         held_loss = _log_loss(trainer, data, held_out, days.stop * DAY_US)
         yield FitResult(epoch, loss, held_loss, passes.judge(held_loss, trainer.state()))
         if passes.is_over:

@@ -23,7 +23,7 @@ from compressor.export import TokenWriter
 from compressor.nn.embedding import Vocabulary
 from compressor.training import checkpoint, metrics
 from compressor.versions import Version
-from compressor.walk import DayResult, Trainer, fit, walk
+from compressor.walk import DayResult, Trainer, fit, walk, window_start
 from jobs import ledger, progress
 from jobs.repeated import as_args, repeated
 from pipelines import delta, forgotten, manifests, tables
@@ -70,6 +70,9 @@ class Args:
     """Name of the compressor line; empty: the order."""
     parent: str = ""
     """Version to go on from (its line's next days); empty: from scratch."""
+    window: int = 0
+    """Days before each day that it reads, as context and for replay, so that a day costs a day
+    however old the line is (streaming); 0: all. A line keeps the window it was begun with."""
     untrained: bool = False
     """Write tokens of a compressor that never learns: the control of every comparison."""
     user_share: float = 1.0
@@ -91,6 +94,11 @@ class Args:
     def __post_init__(self) -> None:
         if not 0 < self.user_share <= 1:
             raise InputError(f"--user-share must be above 0 and at most 1, got {self.user_share}")
+        if self.window < 0 or (self.window and (self.protocol == "frozen" or self.parent)):
+            raise InputError(
+                f"--window is a number of days for a new streaming line, got {self.window}: a "
+                "frozen run reads all its days, and a line that goes on keeps its parent's window"
+            )
         if self.line:
             checked_line(self.line)
 
@@ -137,8 +145,10 @@ def train(
             f"{parent['compressor_version']} has learned {parent['start']} to {parent['end']}, so "
             f"its line goes on with --start {parent['end']}, not {days.start}"
         )
-    # A walk that goes on needs earlier days too: as context and for replay.
     first = parent["start"] if parent else days.start
+    training = TrainingConfig(seed=args.seed, epochs=args.epochs, window_days=_window(args, parent))
+    # A walk that goes on needs earlier days too: as context and for replay.
+    since = as_date(window_start(as_number(days.start), training, as_number(first)))
     planned = Version(
         line=line,
         name="",
@@ -148,15 +158,15 @@ def train(
         start=first,
         end=days.end,
         config=SourceConfig(order=order),
-        training=TrainingConfig(seed=args.seed, epochs=args.epochs),
+        training=training,
         input_versions={stream.name: version},
         user_share=args.user_share,
         user_seed=args.user_seed,
         is_trained=not args.untrained,
     )
-    rows = delta.read(args.lake, stream, Days(first, days.end), version=version)
+    rows = delta.read(args.lake, stream, Days(since, days.end), version=version)
     rows = forgotten.without(rows, gone)
-    log.info("%s: %d rows of %s in %s", stream.name, len(rows), domain.name, days)
+    log.info("%s: %d rows of %s for %s", stream.name, len(rows), Days(since, days.end), days)
     summary = {"line": line, "days": str(days), "rows": len(rows), "tokens": 0}
     if args.dry_run:
         return {**summary, "width": planned.config.bottleneck}
@@ -235,6 +245,13 @@ def _parent(args: Args) -> dict[str, Any] | None:
     return row
 
 
+def _window(args: Args, parent: Mapping[str, Any] | None) -> int:
+    """Days before each that the line reads: of its first run, for all that go on from it."""
+    if parent is None:
+        return args.window
+    return int(json.loads(parent["config"])["training"].get("window_days", 0))
+
+
 def _begin(
     args: Args, domain: Domain, planned: Version, days: Days, vocabulary: Vocabulary, device: str
 ) -> tuple[Trainer, Vocabulary, Version, date]:
@@ -256,8 +273,8 @@ def _interrupted(lake: str, planned: Version, days: Days) -> Version | None:
     """The newest version that a run of the very same command left before it was done."""
     found = [
         version
-        for version in versions.of_line(lake, planned.line)
-        if days.start < version.end <= days.end and version.is_same_run(planned)
+        for version in versions.within(lake, planned.line, days)
+        if version.is_same_run(planned)
     ]
     return max(found, key=lambda version: version.end, default=None)
 

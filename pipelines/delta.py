@@ -84,9 +84,12 @@ def days_of(
     return Days(first, last), opened.version()
 
 
-def commits(opened: DeltaTable) -> Iterator[tuple[int, Mapping[str, str]]]:
-    """(version, what it says of itself), newest first; commits that are not ours are left out."""
-    for action in opened.history():
+def commits(
+    opened: DeltaTable, limit: int | None = None
+) -> Iterator[tuple[int, Mapping[str, str]]]:
+    """(version, what it says of itself), newest first, of the `limit` newest; commits that are not
+    ours are left out."""
+    for action in opened.history(limit):
         said = action.get("userMetadata") or action.get("iat")
         if said:
             yield int(action["version"]), json.loads(said)

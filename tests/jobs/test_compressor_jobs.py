@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from compressor import versions
+from compressor import item_state, versions
 from compressor.export import TokenWriter
+from compressor.item_tokens import ItemState
 from jobs import lineage, train_compressor, write_tokens
 from pipelines import delta, tables
 from pipelines.days import Days
@@ -215,6 +217,80 @@ def test_a_line_continued_from_its_parent_equals_one_walk_over_all_days(tmp_path
     }
     assert lineage[f"user@{day(7)}"] == f"user@{day(6)}"
     assert lineage[f"user@{day(1)}"] == ""
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_a_windowed_line_reads_its_window_alone_and_equals_one_walk_over_all_days(
+    tmp_path: Path, window: int
+) -> None:
+    whole, daily = (make_lake(tmp_path / name) for name in ("whole", "daily"))
+    train_compressor.main(args(whole, window=window))
+    for number in range(NUM_DAYS):
+        parent = {"parent": "user"} if number else {"window": window}
+        with unreadable(daily, until=day(number - window)):
+            result = train_compressor.main(args(daily, **parent, end=day(number + 1)))
+        assert result["rows"] < 4 * NUM_USERS * (window + 1)
+    ours, theirs = tokens_of(daily, "user"), tokens_of(whole, "user")
+    assert ours.drop_columns("token").equals(theirs.drop_columns("token"))
+    np.testing.assert_allclose(values(ours), values(theirs), atol=2e-3)
+    unlimited = make_lake(tmp_path / "unlimited")
+    train_compressor.main(args(unlimited))
+    assert np.abs(values(tokens_of(unlimited, "user")) - values(theirs)).max() > 0.01
+
+
+@contextlib.contextmanager
+def unreadable(lake: str, *, until: date) -> Iterator[None]:
+    """Every file of days before `until`, of the stream and of all that was written, is no Parquet
+    meanwhile."""
+    held = {}
+    for path in Path(lake).rglob("event_date=*/*.parquet"):
+        if date.fromisoformat(path.parent.name.removeprefix("event_date=")) < until:
+            held[path] = path.read_bytes()
+            path.write_bytes(b"x" * len(held[path]))
+    yield
+    for path, content in held.items():
+        path.write_bytes(content)
+
+
+def test_item_tokens_go_on_from_what_was_kept_only_while_the_table_is_as_it_was_left(
+    lake: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_compressor.main(args(lake, end=day(4)))
+    train_compressor.main(args(lake, order="temporal", end=day(6)))  # another line's commits
+    table = tables.item_tokens("tiny")
+
+    def read(line: str, start: date) -> tuple[ItemState, bool]:
+        """The state, and whether the table's rows were read for it."""
+        seen = []
+        before = ItemState.before
+        with monkeypatch.context() as patched:
+            patched.setattr(ItemState, "before", lambda *a: seen.append(a) or before(*a))
+            return item_state.before(lake, "tiny", line, start, 16), bool(seen)
+
+    def is_right(state: ItemState, line: str, start: date) -> bool:
+        wanted = ItemState.before(lake, "tiny", line, start, 16)
+        return all(np.array_equal(vars(state)[n], x) for n, x in vars(wanted).items())
+
+    for line, start, is_read in (
+        ("user", day(4), False), ("user", day(3), True), ("temporal", day(6), False),
+        ("temporal", day(4), True), ("none", day(4), True),
+    ):  # fmt: skip
+        state, was_read = read(line, start)
+        assert was_read == is_read
+        assert is_right(state, line, start)
+    one_less = delta.read(lake, table, Days(day(2), day(3)), line="user").slice(1)
+    for seed, commit in enumerate(({"job": "test", "line": "again"}, {"job": "test"})):
+        train_compressor.main(args(lake, line="again", end=day(4), seed=seed))
+        assert not read("again", day(4))[1]
+        delta.replace(
+            lake, table, one_less, Days(day(2), day(3)), line="user",
+            commit=commit,
+        )  # fmt: skip
+        state, was_read = read("again", day(4))
+        assert was_read
+        assert is_right(state, "again", day(4))
+    item_state.drop(lake, "temporal")
+    assert read("temporal", day(6))[1]
 
 
 def values(rows: pa.Table) -> Any:
