@@ -16,6 +16,8 @@ from jobs.spark_faults import SPARK_ERRORS
 LOOK_S = 0.5
 DELAY_S = 5
 """What is over sooner shows no bar."""
+JOIN_S = 5
+"""A look that hangs holds up no work."""
 
 
 class TaskCount:
@@ -60,5 +62,5 @@ def task_bar(spark: SparkSession, doing: str) -> Iterator[None]:
             yield
         finally:
             over.set()
-            watcher.join()
+            watcher.join(JOIN_S)
             bar.total = bar.n = max(bar.n, bar.total)

@@ -82,8 +82,8 @@ def manifest_in(lake: str, line: str) -> Path:
 
 
 def weights(lake: str, line: str) -> bytes:
-    (found,) = Path(lake, "artifacts", "compressors", line).glob("*/tensors.safetensors")
-    return found.read_bytes()
+    folder = manifest_in(lake, line).parent
+    return (folder / "tensors.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("protocol", ["streaming", "frozen"])
