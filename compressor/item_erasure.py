@@ -32,13 +32,9 @@ def holding(lake: str, domain_name: str, users: Collection[int]) -> dict[str, Su
     tokens, items = tables.instance_tokens(domain_name), tables.item_tokens(domain_name)
     if not users or not (delta.exists(lake, tokens) and delta.exists(lake, items)):
         return {}
-    taken = (
-        delta.open_table(lake, tokens)
-        .to_pyarrow_dataset()
-        .to_table(
-            ["compressor_line", "item_id", "event_date"],
-            filter=ds.field("user_id").isin(pa.array([*users], pa.int64())),
-        )
+    taken = delta.files(delta.open_table(lake, tokens)).to_table(
+        ["compressor_line", "item_id", "event_date"],
+        filter=ds.field("user_id").isin(pa.array([*users], pa.int64())),
     )
     found: dict[str, Sums] = {}
     for line in sorted(taken["compressor_line"].unique().to_pylist()):
@@ -46,10 +42,8 @@ def holding(lake: str, domain_name: str, users: Collection[int]) -> dict[str, Su
         kept = of_line["item_id"].unique()
         is_after = ds.field("event_date") >= pc.min(of_line["event_date"])
         is_line = ds.field("compressor_line") == line
-        rows = (
-            delta.open_table(lake, items)
-            .to_pyarrow_dataset()
-            .to_table(["event_date"], filter=is_after & is_line & ds.field("item_id").isin(kept))
+        rows = delta.files(delta.open_table(lake, items)).to_table(
+            ["event_date"], filter=is_after & is_line & ds.field("item_id").isin(kept)
         )
         if len(rows):
             found[line] = Sums(kept, sorted(rows["event_date"].unique().to_pylist()))
@@ -97,7 +91,7 @@ class _Again:
         )  # fmt: skip
         opened = delta.open_table(lake, tables.instance_tokens(domain_name))
         form = declared(delta.open_table(lake, self.table))
-        self.tokens = opened.to_pyarrow_dataset()
+        self.tokens = delta.files(opened)
         self.form = declared(opened) or TokenFormat()
         self.width = form.width if form else self.form.width
         self.state = ItemState.before(lake, domain_name, line, sums.days[0], self.width)

@@ -74,7 +74,7 @@ class ItemState:
         form = TokenFormat("float32", width)
         check(opened, table.name, form)
         kept = (ds.field("compressor_line") == line) & (ds.field("event_date") < day)
-        dataset = opened.to_pyarrow_dataset()
+        dataset = delta.files(opened)
         keys = dataset.to_table(["item_id", "event_date"], filter=kept)
         key_item, key_day = keys.column("item_id").to_numpy(), _days(keys.column("event_date"))
         order = np.lexsort((key_day, key_item))

@@ -88,7 +88,7 @@ class Reader:
     def __init__(self, lake: str, table: Table, version: int | None = None) -> None:
         self.table = table
         self.opened = delta.open_table(lake, table, version)
-        dataset = self.opened.to_pyarrow_dataset()
+        dataset = delta.files(self.opened)
         self.schema: pa.Schema = dataset.schema
         self.files: dict[tuple[str | None, date], list[ds.Fragment]] = defaultdict(list)
         for file in dataset.get_fragments():

@@ -145,7 +145,7 @@ def find(lake: str, domain: Domain, users: frozenset[int]) -> Traces:
     for table in [make(domain) for make in BY_USER]:
         if not delta.exists(lake, table):
             continue
-        dataset = delta.open_table(lake, table).to_pyarrow_dataset()
+        dataset = delta.files(delta.open_table(lake, table))
         found = dataset.to_table(["user_id", "event_date"], filter=is_one)
         rows[table.name] = len(found)
         days[table.name] = sorted(found["event_date"].unique().to_pylist())
@@ -153,7 +153,7 @@ def find(lake: str, domain: Domain, users: frozenset[int]) -> Traces:
             seen.setdefault(row["user_id"], set()).add(row["event_date"])
     quarantine = tables.quarantine(domain)
     if delta.exists(lake, quarantine):
-        scanned = delta.open_table(lake, quarantine).to_pyarrow_dataset()
+        scanned = delta.files(delta.open_table(lake, quarantine))
         theirs = [
             batch.column("event_date").filter(
                 forgotten.of_raw(pa.chunked_array([batch.column("raw")]), domain, users)

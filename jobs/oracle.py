@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from deltalake import DeltaTable
 
-from pipelines import delta, tables
+from pipelines import delta, duck, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError
@@ -64,7 +64,7 @@ class Oracle:
             self._register(name, found, declared[name])
 
     def _register(self, name: str, opened: DeltaTable, table: tables.Table) -> None:
-        self.sql.register(name, delta.dataset(opened, table))
+        duck.register(self.sql, name, delta.dataset(opened, table))
 
     def is_current(self) -> bool:
         """Whether nobody has written the tables since they were opened."""

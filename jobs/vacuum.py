@@ -136,14 +136,14 @@ def clean(
     keep: list[int] = []
     kept: dict[str, Found] = {}
     lost: list[str] = []
-    current = set(opened.to_pyarrow_dataset().files)
+    current = set(delta.files(opened).files)
     for version, names in sorted(pins.items()):
         if version < since or manifests.missing(args.lake, name, version):
             lost += names
             continue
         keep.append(version)
         old = DeltaTable(place, version=version)
-        alone = sorted(set(old.to_pyarrow_dataset().files) - current)
+        alone = sorted(set(delta.files(old).files) - current)
         if alone:
             kept |= dict.fromkeys(names, _measured(old, alone))
     unused = _vacuum(opened, args, keep, dry_run=True)
@@ -169,7 +169,7 @@ def _last_erasure(opened: DeltaTable) -> int:
 
 
 def _measured(opened: DeltaTable, files: Sequence[str]) -> Found:
-    system = opened.to_pyarrow_dataset().filesystem
+    system = delta.files(opened).filesystem
     sizes = [info.size for info in system.get_file_info(list(files)) if info.is_file]
     return Found(len(sizes), sum(sizes))
 

@@ -14,6 +14,7 @@ import duckdb
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
+from pipelines import delta, duck
 from pipelines.domain import Format
 from pipelines.errors import InputError
 
@@ -227,7 +228,7 @@ def _open(connection: duckdb.DuckDBPyConnection, data: str) -> Format:
     if "://" not in data and not path.exists():
         raise InputError(f"there is nothing at {data}; {HELP}")
     if not path.is_file() and DeltaTable.is_deltatable(data):
-        connection.register("log", DeltaTable(data).to_pyarrow_dataset())
+        duck.register(connection, "log", delta.files(DeltaTable(data)))
         return "delta"
     if "://" in data:
         raise InputError(f"{data} is no Delta table, the one kind that is read by URI; {HELP}")

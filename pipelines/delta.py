@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -20,6 +22,7 @@ from deltalake.exceptions import (
     SchemaMismatchError,
     TableNotFoundError,
 )
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from pipelines.days import Days
 from pipelines.errors import InputError, RetryableError
@@ -167,11 +170,23 @@ def scan(
     return dataset(opened, table).scanner(columns=values, filter=kept)
 
 
-def dataset(opened: DeltaTable, table: Table) -> ds.Dataset:
+def dataset(opened: DeltaTable, table: Table) -> ds.FileSystemDataset:
     """The table's files; where a feature's column came later, or is not there yet, it is null."""
-    found = opened.to_pyarrow_dataset()
+    found = files(opened)
     new = [table.schema.field(column) for column in added(table, stored_meanings(opened))]
     return found.replace_schema(pa.schema([*found.schema, *new])) if new else found
+
+
+def files(opened: DeltaTable) -> ds.FileSystemDataset:
+    """The table's files as they are stored, on a local disk read without Python.
+
+    The file system of delta-rs, which an object store keeps, asks Python for every read
+    (`duck.register`).
+    """
+    place, system = urlsplit(opened.table_uri), None
+    if place.scheme == "file":
+        system = SubTreeFileSystem(url2pathname(place.path), LocalFileSystem())
+    return opened.to_pyarrow_dataset(filesystem=system)
 
 
 def stored_meanings(opened: DeltaTable) -> dict[str, str | None]:

@@ -170,7 +170,7 @@ def missing(lake: str, name: str, version: int) -> str:
     """What of a table's version is gone; empty: nothing."""
     try:
         opened = DeltaTable(f"{lake.rstrip('/')}/{name}", version=version)
-        files = opened.to_pyarrow_dataset()
+        files = delta.files(opened)
     except (DeltaError, OSError) as error:
         return f"its log no longer has it ({str(error)[:80]})"
     gone = [x for x in files.filesystem.get_file_info(files.files) if not x.is_file]

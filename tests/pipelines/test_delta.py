@@ -1,0 +1,40 @@
+"""A table's files: read without Python, or by one thread of DuckDB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+from deltalake import DeltaTable, write_deltalake
+from pyarrow.fs import PyFileSystem
+
+from pipelines import delta, duck
+
+
+def test_no_read_of_a_local_file_waits_for_python(tmp_path: Path) -> None:
+    place = tmp_path / "a lake's ü"
+    names = ["plain", "with space", "with/slash", "100%", "e%20f", "ü:x"]
+    rows = pa.table({"name": names, "value": range(len(names))})
+    write_deltalake(place, rows, partition_by=["name"])
+    found = delta.files(DeltaTable(place))
+    assert not isinstance(found.filesystem, PyFileSystem)
+    assert found.to_table().sort_by("value").to_pydict() == rows.to_pydict()
+    connection = duckdb.connect(config={"threads": 2})
+    duck.register(connection, "t", found)
+    assert threads_of(connection) == 2
+    assert connection.sql("SELECT sum(value) FROM t").fetchall() == [(15,)]
+    assert all(info.is_file for info in found.filesystem.get_file_info(found.files))
+
+
+def test_where_python_is_asked_duckdb_has_one_thread(tmp_path: Path) -> None:
+    write_deltalake(tmp_path / "t", pa.table({"value": [1, 2]}))
+    connection = duckdb.connect(config={"threads": 2})
+    duck.register(connection, "t", DeltaTable(tmp_path / "t").to_pyarrow_dataset())
+    assert threads_of(connection) == 1
+    assert connection.sql("SELECT sum(value) FROM t").fetchall() == [(3,)]
+
+
+def threads_of(connection: duckdb.DuckDBPyConnection) -> int:
+    found = connection.sql("SELECT current_setting('threads')").fetchall()
+    return int(found[0][0])
