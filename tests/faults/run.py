@@ -54,9 +54,13 @@ def main() -> int:
 def run_all(seeds: range, args: argparse.Namespace, world: World) -> list[Outcome]:
     """One after the other; a planted fault is looked for until it is caught."""
     started = time.monotonic()
-    right = Pool(spare=1)
+    # What Java has loaded by then is loaded a third faster by those that come after.
+    classes = world.folder / "classes.jsa"
+    right = Pool(java=f"-XX:ArchiveClassesAtExit={classes}", spare=1)
     try:
         _build(world, right)
+        for worker in right.every:
+            worker.leave()
     finally:
         right.end()
     log.info("undisturbed lakes built in %.0f s", time.monotonic() - started)
@@ -64,7 +68,7 @@ def run_all(seeds: range, args: argparse.Namespace, world: World) -> list[Outcom
     if not schedules.can_mount():
         log.warning("no right to mount a small disk here: full disks are not tried")
         faults = [fault for fault in faults if fault != "disk"]
-    pool, outcomes = Pool(args.plant), []
+    pool, outcomes = Pool(args.plant, f"-XX:SharedArchiveFile={classes}"), []
     try:
         for seed in tqdm(seeds, unit="schedule", mininterval=5):
             outcomes.append(schedules.run(seed, world, pool, jobs=jobs, faults=faults))

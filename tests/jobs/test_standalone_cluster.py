@@ -19,6 +19,7 @@ from pyspark.sql import SparkSession
 from jobs.cli import run
 from pipelines import delta, tables
 from pipelines.domain import load
+from tests.processes import children, is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,14 +181,3 @@ def test_a_cluster_ends_with_the_process_that_started_it() -> None:
         for daemon in daemons:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(daemon, signal.SIGKILL)
-
-
-def children(pid: int) -> list[int]:
-    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in listed.split()]
-
-
-def is_running(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
-    return False
