@@ -124,15 +124,17 @@ def test_nothing_of_the_future_moves_a_fetch(
     assert_same(moved, held)
 
 
-def test_positions_are_the_rows_strictly_before_as_of() -> None:
+def test_positions_count_the_events_strictly_before_as_of() -> None:
     rows = [
         HistoryRow(user_id=u, event_time_us=t, instance_id=t) for u in (1, 5) for t in (3, 4, 4)
     ]
     store = IndexStore.from_rows(rows, **SHAPE)
-    user_row, begin, end = store.positions(torch.tensor([5, 5, 1, 2]), torch.tensor([4, 5, 3, 9]))
-    assert user_row.tolist() == [1, 1, 0, -1]
-    assert begin.tolist() == [3, 3, 0, 0]
-    assert end.tolist() == [4, 6, 0, 0]
+    user, num = store.positions(torch.tensor([5, 5, 1, 2]), torch.tensor([4, 5, 3, 9]))
+    assert user.tolist() == [1, 1, 0, -1]
+    assert num.tolist() == [1, 3, 0, 0]
+    row, mask = store.newest(user, num, 2)
+    assert row.tolist() == [[-1, 3], [4, 5], [-1, -1], [-1, -1]]
+    assert mask.tolist() == [[False, True], [True, True], [False, False], [False, False]]
 
 
 def test_other_tokens_change_tokens_only_and_may_be_written_in_place() -> None:
@@ -341,7 +343,7 @@ def test_lines_never_mix_unnoticed(lake: str, tmp_path: Path) -> None:
     ]
     write_tokens(lake, doubled, line="other")
     index = UserIndex.build(lake, DOMAIN, tmp_path / "index", days=None, lines=["main", "other"])
-    user_ids = torch.from_numpy(index.arrays["user_ids"])
+    user_ids = torch.from_numpy(index.users.key)
     late = torch.full_like(user_ids, NEVER_US)
     main, other = (IndexStore(index, x).fetch(user_ids, late, 9) for x in ("main", "other"))
     assert torch.equal(2 * main.token_BLD, other.token_BLD)
@@ -391,7 +393,7 @@ def test_an_index_of_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="build it first"):
         UserIndex.open(tmp_path)
     (tmp_path / "meta.json").write_text('{"format": 0}')
-    with pytest.raises(InputError, match="format 0, needed 1"):
+    with pytest.raises(InputError, match="format 0, needed 2"):
         UserIndex.open(tmp_path)
 
 
@@ -399,6 +401,6 @@ def test_item_rows_come_in_any_order() -> None:
     made = ItemArrays.of(
         np.array([5, 2, 5]), np.array([9, 1, 3]), np.array([[1.0], [2.0], [3.0]]), np.ones(3)
     )
-    assert made.item_ids.tolist() == [2, 5]
-    assert made.offsets.tolist() == [0, 1, 3]
+    assert made.segments.key.tolist() == [2, 5]
+    assert made.segments.count.tolist() == [1, 2]
     assert made.decayed_sum[:, 0].tolist() == [2.0, 3.0, 1.0]
