@@ -70,6 +70,8 @@ class Meta:
     """[start, end) of the events; None: all."""
     lines: dict[str, LineMeta] = field(default_factory=dict)
     has_fields: bool = False
+    fields: list[str] = field(default_factory=list)
+    """What each column of the logged fields' ids, and then of their numbers, is of."""
     of_some_users: bool = False
     """It was asked for a few users only, and holds no item tokens."""
     generation: int = 0

@@ -141,10 +141,18 @@ def _write(
         days=[str(days.start), str(days.end)] if days is not None else None,
         lines=line_metas,
         has_fields=fields,
+        fields=field_columns(domain) if fields else [],
         of_some_users=only_users is not None,
         base=num_rows,
         num_rows=num_rows,
     ).write(folder)
+
+
+def field_columns(domain: Domain) -> list[str]:
+    """The table's column of each id and each number of an index's logged fields."""
+    layout = FeatureLayout.of(domain)
+    categorical = [layout.categorical[at] for at in layout.slot_fields]
+    return [feature.stream_column for feature in (*categorical, *layout.numbers)]
 
 
 def _of_days(days: Days | None) -> ds.Expression:

@@ -27,18 +27,17 @@ from downstream.index_arrays import (
     USERS,
     Array,
     Meta,
-    load,
     load_segments,
     save_segments,
 )
-from downstream.index_build import Events, ItemKeys, put_fields, put_tokens
+from downstream.index_build import Events, ItemKeys, field_columns, put_fields, put_tokens
 from downstream.index_files import Snapshot, Users, Writer, locked
 from downstream.segments import Growth, NewRows, Segments, grown
 from pipelines import delta, tables
 from pipelines.days import Days, as_number
 from pipelines.domain import Domain
 from pipelines.errors import RetryableError
-from pipelines.features import NEVER_US, FeatureLayout
+from pipelines.features import NEVER_US
 from pipelines.tables import Table
 from pipelines.token_format import TokenFormat
 
@@ -122,6 +121,8 @@ class _Extension:
             *features,
         ):
             raise NotExtendableError("it was built of something else")
+        if meta.has_fields and meta.fields != field_columns(domain):
+            raise NotExtendableError("the domain's features have changed")
         if (held is None) != (self.days is None) or (
             held is not None and self.days is not None
             and (held.start != self.days.start or held.end > self.days.end)
@@ -219,11 +220,6 @@ class _Extension:
         meta = self.meta
         names = [*KEY_ARRAYS, *meta.side, *meta.label_arrays]
         if meta.has_fields:
-            layout = FeatureLayout.of(self.domain)
-            wanted = (layout.num_slots, len(layout.numbers))
-            found = (load(self.folder, x).shape[1] for x in FIELD_ARRAYS)
-            if tuple(found) != wanted:
-                raise NotExtendableError("the domain's features have changed")
             names += FIELD_ARRAYS
         return names + [f"{x.folder}/{name}" for x in meta.lines.values() for name in TOKEN_ARRAYS]
 

@@ -74,7 +74,7 @@ class Segments:
     @classmethod
     def of_table(cls, table: Array, pages: Array, base: int) -> Segments:
         """The inverse of `table`."""
-        key, begin, built, count, first_page, bucket, newest_us = table
+        key, begin, built, count, first_page, bucket, newest_us = np.ascontiguousarray(table)
         return cls(key, begin, built, count, first_page, bucket, newest_us, pages, base)
 
     @property

@@ -158,19 +158,18 @@ def test_rows_out_of_order_are_refused() -> None:
         )
 
 
-DOMAIN = parse(
-    {
-        "name": "shop",
-        "source": {"path": "x"},
-        "columns": {"user": "u", "item": "i", "time": "t"},
-        "label": [{"name": "buy", "column": "buy"}],
-        "feature": [
-            {"name": "brand", "column": "brand", "side": "item"},
-            {"name": "price", "column": "price", "kind": "number"},
-            {"name": "tags", "column": "tags", "kind": "multi-category", "max_length": 2},
-        ],
-    }
-)
+RAW: dict[str, Any] = {
+    "name": "shop",
+    "source": {"path": "x"},
+    "columns": {"user": "u", "item": "i", "time": "t"},
+    "label": [{"name": "buy", "column": "buy"}],
+    "feature": [
+        {"name": "brand", "column": "brand", "side": "item"},
+        {"name": "price", "column": "price", "kind": "number"},
+        {"name": "tags", "column": "tags", "kind": "multi-category", "max_length": 2},
+    ],
+}
+DOMAIN = parse(RAW)
 DAY = date(2026, 3, 1)
 DAYS = Days(DAY, DAY + timedelta(days=3))
 COMMIT = {"job": "test"}
@@ -205,8 +204,16 @@ def day_of(row: HistoryRow) -> date:
     return DAY + timedelta(days=(row.event_time_us - to_us(midnight(DAY))) // 86_400_000_000)
 
 
-def write_lake(lake: str, rows: list[HistoryRow], *, line: str = "main", buckets: int = 3) -> None:
+def write_lake(
+    lake: str, rows: list[HistoryRow], *, line: str = "main", buckets: int = 3, days: Days = DAYS
+) -> None:
     """The tables of these rows, as the jobs would write them."""
+    write_events(lake, rows, buckets=buckets, days=days)
+    write_tokens(lake, rows, line=line, buckets=buckets, days=days)
+
+
+def write_events(lake: str, rows: list[HistoryRow], *, buckets: int = 3, days: Days = DAYS) -> None:
+    """Histories and the stream of these rows."""
     columns = {
         "instance_id": [r.instance_id for r in rows],
         "user_id": [r.user_id for r in rows],
@@ -220,7 +227,7 @@ def write_lake(lake: str, rows: list[HistoryRow], *, line: str = "main", buckets
         "event_date": [day_of(r) for r in rows],
     }
     histories = tables.histories(DOMAIN)
-    delta.replace(lake, histories, as_table(columns, histories.schema), DAYS, commit=COMMIT)
+    delta.replace(lake, histories, as_table(columns, histories.schema), days, commit=COMMIT)
     columns |= {
         "is_sampled": [False] * len(rows),
         "f_price": [float(r.request_id) for r in rows],
@@ -231,15 +238,22 @@ def write_lake(lake: str, rows: list[HistoryRow], *, line: str = "main", buckets
     sampled["instance_id"] = [*columns["instance_id"], *(-1 - i for i in columns["instance_id"])]
     sampled["is_sampled"] = [False] * len(rows) + [True] * len(rows)
     stream = tables.user_order(DOMAIN)
-    delta.replace(lake, stream, as_table(sampled, stream.schema), DAYS, commit=COMMIT)
-    write_tokens(lake, rows, line=line, buckets=buckets)
+    delta.replace(lake, stream, as_table(sampled, stream.schema), days, commit=COMMIT)
 
 
 def write_tokens(
-    lake: str, rows: list[HistoryRow], *, line: str, buckets: int = 3, form: TokenFormat = FORM
+    lake: str,
+    rows: list[HistoryRow],
+    *,
+    line: str,
+    buckets: int = 3,
+    form: TokenFormat = FORM,
+    days: Days = DAYS,
 ) -> None:
+    """Tokens of these rows; and, of all DAYS, two item tokens, whatever the rows."""
     held = [r for r in rows if r.token is not None]
     token = np.array([[*r.token, 0.0, 0.0][: form.width] for r in held if r.token is not None])
+    token, commit = token.reshape(-1, form.width), COMMIT | {"line": line}
     columns = {
         "instance_id": [r.instance_id for r in held],
         "user_id": [r.user_id for r in held],
@@ -254,8 +268,10 @@ def write_tokens(
     }
     table = tables.instance_tokens("shop")
     token_format.declare(lake, table, form)
-    delta.replace(lake, table, as_table(columns, table.schema), DAYS, commit=COMMIT, line=line)
+    delta.replace(lake, table, as_table(columns, table.schema), days, commit=commit, line=line)
     items = tables.item_tokens("shop")
+    if days != DAYS:
+        return
     sums = np.arange(1, 2 * form.width + 1, dtype=np.float32).reshape(2, form.width)
     item_columns = {
         "item_id": [3, 1],
@@ -266,7 +282,7 @@ def write_tokens(
         "decayed_count": [2.0, 4.0],
         "event_date": [DAY + timedelta(days=2), DAY],
     }
-    delta.replace(lake, items, as_table(item_columns, items.schema), DAYS, commit=COMMIT, line=line)
+    delta.replace(lake, items, as_table(item_columns, items.schema), DAYS, commit=commit, line=line)
 
 
 def as_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
