@@ -28,7 +28,8 @@ from downstream.index_files import Writer
 from downstream.match_features import MatchIndex
 from downstream.token_store import HistoryRow
 from downstream.user_index import IndexStore, UserIndex
-from jobs.train_ranker import index_arrays
+from jobs.forget import rebuilt
+from jobs.train_ranker import Args, index_arrays, user_index
 from pipelines import delta, tables, token_format
 from pipelines.days import Days, midnight, to_us
 from pipelines.domain import parse
@@ -483,3 +484,39 @@ def test_a_feature_that_came_since_is_in_the_index(lake: str, tmp_path: Path) ->
     domain = parse(RAW | {"feature": [*RAW["feature"], more]})
     index = UserIndex.extended(lake, domain, folder, days=None)
     assert index.arrays["numbers"].shape[1] == 2
+
+
+def files_with(folder: Path, instance_id: int) -> set[str]:
+    sign = instance_id.to_bytes(8, "little", signed=True)
+    return {path.name for path in folder.rglob("*.npy") if sign in path.read_bytes()}
+
+
+def test_an_erasure_leaves_no_row_of_before_in_an_extended_index(
+    lake: str, grown: UserIndex, tmp_path: Path
+) -> None:
+    folder = tmp_path / "index"
+    gone = ({r.instance_id for r in rows_of(2)} - {r.instance_id for r in rows_of(2, 1)}).pop()
+    assert gone not in grown.arrays["instance_id"][grown.rows]
+    assert files_with(folder, gone)
+    assert rebuilt(lake, DOMAIN, folder)  # though its tables are as they were
+    assert not files_with(folder, gone)
+    assert UserIndex.open(folder).is_compact
+    assert not rebuilt(lake, DOMAIN, folder)
+
+
+def test_a_ranker_extends_the_index_that_it_is_given(lake: str, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    args = Args(domain="", lake=lake, out="", arm="match", line=LINE, index=str(folder))
+
+    def given(num_days: int) -> UserIndex:
+        days = Days(DAY, DAY + timedelta(days=num_days))
+        return user_index(args, DOMAIN, days, tmp_path / "none", None)
+
+    for number in range(3):
+        write_day(lake, number)
+    first = given(2)
+    assert (first.meta.generation, len(first)) == (0, len(rows_of(0) + rows_of(1)))
+    assert given(2).meta == first.meta
+    with never_built():
+        index = given(3)
+    assert (index.meta.generation, len(index)) == (1, len(first) + len(rows_of(2)))
