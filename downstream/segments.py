@@ -154,13 +154,20 @@ class SegmentTensors:
     def newest(self, key_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """(row_BL, mask_BL): the last of each key's first `num` rows, left-padded with -1."""
         step_L = torch.arange(-length, 0, device=num_B.device)
-        place_BL = num_B[:, None] + step_L
-        mask_BL = place_BL >= 0
-        if self.is_paged:
-            row_BL = self.rows(key_B, place_BL)
-        else:
+        mask_BL = step_L >= -num_B[:, None]
+        if not self.is_paged:
             row_BL = (self.begin[key_B] + num_B)[:, None] + step_L
-        return torch.where(mask_BL, row_BL, -1), mask_BL
+        else:
+            # Looked up once for PAGE places, which lie in one piece on either side of `built`.
+            built_B, bits = self.built[key_B], PAGE.bit_length() - 1
+            first_B = num_B - length - built_B
+            block_BP = (first_B >> bits)[:, None] + torch.arange(
+                length // PAGE + 2, device=num_B.device
+            )
+            start_BP = self.rows(key_B, built_B[:, None] + block_BP * PAGE)
+            row_BX = (start_BP[..., None] + torch.arange(PAGE, device=num_B.device)).flatten(1)
+            row_BL = row_BX.gather(1, (first_B & PAGE - 1)[:, None] + step_L + length)
+        return row_BL.masked_fill_(~mask_BL, -1), mask_BL
 
     def count_before(self, times_N: Tensor, key_B: Tensor, moment_B: Tensor) -> Tensor:
         """How many rows of each key, whose times ascend, are before the moment.
