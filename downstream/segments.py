@@ -135,20 +135,25 @@ class SegmentTensors:
         return find(self.key_K, query_B)
 
     def rows(self, key_B: Tensor, place: Tensor) -> Tensor:
-        """The rows at places [B] or [B, L] of keys' pasts; any row where the place is outside."""
+        """The rows at places [B] or [B, P] of keys' pasts; any row where the place is outside."""
+        return self._rows(self._own(key_B, place), place)
 
-        def of_key(column_K: Tensor) -> Tensor:
-            found_B = column_K[key_B]
-            return found_B if place.dim() == 1 else found_B[:, None]
+    def _own(self, key_B: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where keys' rows are, to be used beside places."""
+        columns = (self.begin[key_B], self.built[key_B], self.first_page[key_B])
+        begin, built, first_page = (x if place.dim() == 1 else x[:, None] for x in columns)
+        return begin, built, first_page
 
-        row = of_key(self.begin) + place
+    def _rows(self, own: tuple[Tensor, Tensor, Tensor], place: Tensor) -> Tensor:
+        begin, built, first_page = own
+        row = begin + place
         if not self.is_paged:
             return row
-        beyond = place - of_key(self.built)
-        at = of_key(self.first_page) + (beyond >> PAGE.bit_length() - 1)
+        beyond = place - built
+        at = (beyond >> PAGE.bit_length() - 1).add_(first_page)
         at.clamp_(min=0, max=len(self.pages) - 1)
         page = self.pages.index_select(0, at.flatten()).view(at.shape).long()
-        paged = (page * PAGE).add_(self.base).add_(beyond & PAGE - 1)
+        paged = page.mul_(PAGE).add_(self.base).add_(beyond & PAGE - 1)
         return torch.where(beyond >= 0, paged, row)
 
     def newest(self, key_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,8 @@ class SegmentTensors:
             )
             start_BP = self.rows(key_B, built_B[:, None] + block_BP * PAGE)
             row_BX = (start_BP[..., None] + torch.arange(PAGE, device=num_B.device)).flatten(1)
-            row_BL = row_BX.gather(1, (first_B & PAGE - 1)[:, None] + step_L + length)
+            at_B = torch.arange(len(key_B), device=num_B.device)
+            row_BL = row_BX.unfold(1, length, 1)[at_B, first_B & PAGE - 1]
         return row_BL.masked_fill_(~mask_BL, -1), mask_BL
 
     def count_before(self, times_N: Tensor, key_B: Tensor, moment_B: Tensor) -> Tensor:
@@ -175,9 +181,10 @@ class SegmentTensors:
         The steps are the logarithm of the longest key's rows, and the device is not asked.
         """
         low_B, high_B = torch.zeros_like(key_B), self.count[key_B]
+        own = self._own(key_B, low_B)
         for _ in range(self.longest.bit_length()):
             middle_B = (low_B + high_B) // 2
-            row_B = self.rows(key_B, middle_B).clamp_(max=len(times_N) - 1)
+            row_B = self._rows(own, middle_B).clamp_(max=len(times_N) - 1)
             is_before_B, is_open_B = times_N[row_B] < moment_B, low_B < high_B
             low_B = torch.where(is_open_B & is_before_B, middle_B + 1, low_B)
             high_B = torch.where(is_open_B & ~is_before_B, middle_B, high_B)
