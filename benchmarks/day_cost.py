@@ -103,7 +103,7 @@ def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict
         }  # fmt: skip
         line = only | {"parent": "user" if number else "", "device": "cpu"}
         so_far = Days(FIRST, day + timedelta(days=1))
-        index = partial(UserIndex.build, lake, domain, root / f"index{number}", lines=["user"])
+        index = partial(UserIndex.extended, lake, domain, root / "index", lines=["user"])
         work: dict[str, Callable[[], Any]] = {
             "instances": partial(build_instances.main, build_instances.Args(**only)),
             "streams and histories": partial(build_streams.main, build_streams.Args(**only)),

@@ -40,9 +40,10 @@ class RankerTensors:
 
     user_G: Tensor
     as_of_G: Tensor
-    begin_G: Tensor
-    end_G: Tensor
-    """The index's rows [begin, end) are the user's events before the request."""
+    user_place_G: Tensor
+    num_past_G: Tensor
+    """The user's place among the index's, and the number of the user's events before the
+    request."""
     ids_GS: Tensor
     numbers_GN: Tensor
     sample_n: Tensor
@@ -110,10 +111,11 @@ class RankerData:
         if fields and "ids" not in index:
             raise InputError("the index holds no logged fields; build it with fields=True")
         side_ids = [index[f.stream_column] for f in inputs.side.features]
-        side_NF = np.stack(side_ids, 1) if side_ids else np.zeros((len(store), 0), np.int32)
+        side_NF = np.stack(side_ids, 1) if side_ids else np.zeros((store.num_rows, 0), np.int32)
         known = [(inputs.request, samples.request.ids), (inputs.candidate, samples.candidate.ids)]
-        known.append((inputs.side, side_NF))
-        known += [(inputs.fields, np.asarray(index["ids"]))] if fields else []
+        events = slice(None) if store.index.is_compact else store.index.rows
+        known.append((inputs.side, side_NF[events]))
+        known += [(inputs.fields, np.asarray(index["ids"])[events])] if fields else []
         vocabulary = Vocabulary.empty()
         for layout, ids in known:
             vocabulary = vocabulary.extended(layout.slot_tables, ids)
@@ -124,7 +126,7 @@ class RankerData:
             return torch.from_numpy(np.array(values)).to(store.device)
 
         user_G, as_of_G = tensor(samples.user_id[first_G]), tensor(samples.as_of_us[first_G])
-        _, begin_G, end_G = store.positions(user_G, as_of_G)
+        user_place_G, num_past_G = store.positions(user_G, as_of_G)
 
         def rows_of(layout: FeatureLayout, ids: Array) -> Tensor:
             return tensor(vocabulary.rows(layout.slot_tables, ids))
@@ -132,8 +134,8 @@ class RankerData:
         tensors = RankerTensors(
             user_G=user_G,
             as_of_G=as_of_G,
-            begin_G=begin_G,
-            end_G=end_G,
+            user_place_G=user_place_G,
+            num_past_G=num_past_G,
             ids_GS=rows_of(inputs.request, samples.request.ids[first_G]),
             numbers_GN=tensor(samples.request.numbers[first_G]),
             sample_n=tensor(order),
@@ -159,9 +161,9 @@ class RankerData:
 
     def with_store(self, store: IndexStore) -> RankerData:
         """The same samples beside another line's tokens of the same histories."""
-        if len(store) != len(self.tensors.side_NF):
+        if store.num_rows != len(self.tensors.side_NF):
             raise InputError(
-                f"the store has {len(store)} events and these samples were loaded with an index "
+                f"the store has {store.num_rows} rows and these samples were loaded with an index "
                 f"of {len(self.tensors.side_NF)}; load them again"
             )
         return replace(self, store=store, inputs=replace(self.inputs, token_width=store.width))
@@ -243,7 +245,7 @@ class RankerData:
         t, store = self.tensors, self.store
         as_of_R = t.as_of_G[request_R]
         place_RL, mask_RL = store.newest(
-            t.begin_G[request_R], t.end_G[request_R], config.history_length
+            t.user_place_G[request_R], t.num_past_G[request_R], config.history_length
         )
         row_RL = place_RL.clamp(min=0)
         labels = [name for name in store.side if name.startswith("label_")]
@@ -295,12 +297,13 @@ def with_shuffled_tokens(store: IndexStore, seed: int) -> IndexStore:
 
     Item tokens are none: they would still be those of the item.
     """
-    available = store.available_us_N.cpu().numpy()
-    day = store.columns["event_time_us"].cpu().numpy() // DAY_US
+    rows = store.index.rows
+    available = store.available_us_N.cpu().numpy()[rows]
+    day = store.columns["event_time_us"].cpu().numpy()[rows] // DAY_US
     noise = np.random.default_rng(seed).permutation(len(day))
     # Dealt within equal (day, available): who reads when is untouched, what is read is not.
     taken, given = np.lexsort((available, day)), np.lexsort((noise, available, day))
-    source = np.empty_like(taken)
-    source[taken] = given
+    source = np.arange(store.num_rows)
+    source[rows[taken]] = rows[given]
     place = torch.from_numpy(source).to(store.device)
     return store.with_tokens(store.token_ND[place], store.available_us_N)

@@ -1,30 +1,44 @@
 """The arrays of a user index: names and files, what they were built from, the order of rows.
 
-Shape legend: D token width, U users, N events, K items, R item rows.
+Files of rows only ever grow, and rows that a published generation holds never change. Which rows
+those are is said by its segments, files of their own, and by META, which replaces the one before
+it in one step: readers of any generation stay undisturbed, and a writer that is killed leaves the
+last one as it was.
+
+Shape legend: D token width, N rows of events, R item rows.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from downstream.segments import Segments
 from downstream.token_store import HistoryRow, ItemRow
+from pipelines.days import Days
 from pipelines.errors import InputError
 from pipelines.features import NEVER_US
 
 Array = npt.NDArray[Any]
 
-FORMAT = 1
+FORMAT = 2
 META = "meta.json"
-KEY_ARRAYS = ("user_ids", "offsets", "event_time_us", "instance_id", "item_id", "request_id")
+USERS, ITEMS = "users", "items"
+"""Segments of an index, and of a line's item tokens."""
+KEY_ARRAYS = ("event_time_us", "instance_id", "item_id", "request_id")
 FIELD_ARRAYS = ("ids", "numbers")
-ITEM_ARRAYS = ("item_ids", "item_offsets", "item_available_us", "item_sum", "item_count")
+TOKEN_ARRAYS = ("token", "available_us")
+ITEM_ARRAYS = ("item_available_us", "item_sum", "item_count")
+ITEM_DAY = "item_day"
+"""Days since 1970 that item tokens are of: for who writes the index, not for who reads it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +48,14 @@ class LineMeta:
     folder: str
     codec: str
     width: int
+    item_base: int = 0
+    item_rows: int = 0
+    """As `Meta.base` and `Meta.num_rows`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meta:
-    """What an index was built from: two indexes with equal meta hold equal arrays."""
+    """What an index was built from, and how far its files hold it."""
 
     domain: str
     side: list[str]
@@ -47,15 +64,39 @@ class Meta:
     """The side columns whose matches with a candidate are counted."""
     tables: dict[str, int] = field(default_factory=dict)
     """Table name -> the version that was read."""
+    ids: dict[str, str] = field(default_factory=dict)
+    """Table name -> its id in Delta: another one is another table."""
     days: list[str] | None = None
     """[start, end) of the events; None: all."""
     lines: dict[str, LineMeta] = field(default_factory=dict)
     has_fields: bool = False
+    fields: list[str] = field(default_factory=list)
+    """What each column of the logged fields' ids, and then of their numbers, is of."""
+    of_some_users: bool = False
+    """It was asked for a few users only, and holds no item tokens."""
+    generation: int = 0
+    """How often it was extended since it was built as a whole."""
+    base: int = 0
+    """The first row that came after the whole build."""
+    num_rows: int = 0
+    """Of event arrays; their files may hold more, which are nobody's."""
     format: int = FORMAT
 
     @property
     def label_arrays(self) -> list[str]:
         return [f"{kind}_{x}" for x in self.labels for kind in ("label", "label_time_us")]
+
+    @property
+    def held_days(self) -> Days | None:
+        """Those of the events; None: all."""
+        return Days(*map(date.fromisoformat, self.days)) if self.days else None
+
+    def days_with(self, more: Days | None) -> Days | None:
+        """The days held and more; None: all."""
+        held = self.held_days
+        if held is None or more is None:
+            return None
+        return Days(min(held.start, more.start), max(held.end, more.end))
 
     @classmethod
     def read(cls, folder: Path) -> Meta:
@@ -71,16 +112,17 @@ class Meta:
         return cls(**raw, lines=lines)
 
     def write(self, folder: Path) -> None:
-        (folder / META).write_text(json.dumps(asdict(self), indent=1, sort_keys=True))
+        """From now on the index is what this says."""
+        part = folder / f".{META}.{os.getpid()}"
+        part.write_text(json.dumps(asdict(self), indent=1, sort_keys=True))
+        part.replace(folder / META)
 
 
 @dataclass(frozen=True)
 class ItemArrays:
-    """Item tokens sorted by (item, available): item k owns rows [offsets[k], offsets[k + 1])."""
+    """Item tokens: which rows are whose, an item's in order of available_us."""
 
-    item_ids: Array
-    """[K] sorted, unique."""
-    offsets: Array
+    segments: Segments
     available_us: Array
     """[R]"""
     decayed_sum: Array
@@ -94,10 +136,8 @@ class ItemArrays:
     ) -> ItemArrays:
         """From item rows [R] in any order."""
         order = np.lexsort((available_us, item_id))
-        item_ids, offsets = segments_of(item_id[order])
         return cls(
-            item_ids,
-            offsets,
+            Segments.of_sorted(item_id[order]),
             np.asarray(available_us[order], np.int64),
             np.asarray(decayed_sum[order], np.float32),
             np.asarray(decayed_count[order], np.float32),
@@ -108,10 +148,18 @@ class ItemArrays:
         ids = np.zeros(0, np.int64)
         return cls.of(ids, ids, np.zeros((0, width), np.float32), np.zeros(0, np.float32))
 
+    def compacted(self) -> ItemArrays:
+        """The same rows and no others, item by item."""
+        rows, held = self.segments.rows(), self.segments
+        segments = Segments.of(held.key, held.count)
+        return ItemArrays(
+            segments, self.available_us[rows], self.decayed_sum[rows], self.decayed_count[rows]
+        )
+
 
 @dataclass(frozen=True)
 class LineArrays:
-    """Tokens of one compressor line, in the index's row order, and its item tokens."""
+    """Tokens of one compressor line, in the index's rows, and its item tokens."""
 
     token: Array
     """[N, D]; 0 where there is none."""
@@ -142,21 +190,31 @@ def load(folder: Path, name: str) -> Array:
             ) from error
 
 
-def load_line(folder: Path) -> LineArrays:
-    """A line's arrays from its folder."""
-    items = ItemArrays(*(load(folder, name) for name in ITEM_ARRAYS))
-    return LineArrays(load(folder, "token"), load(folder, "available_us"), items)
+def load_line(folder: Path, meta: Meta, name: str) -> LineArrays:
+    """A line's arrays of the generation that `meta` says."""
+    spec = meta.lines[name]
+    of = folder / spec.folder
+    token, available_us = (load(of, name)[: meta.num_rows] for name in TOKEN_ARRAYS)
+    items = (load(of, name)[: spec.item_rows] for name in ITEM_ARRAYS)
+    segments = load_segments(of, ITEMS, meta.generation, spec.item_base)
+    return LineArrays(token, available_us, ItemArrays(segments, *items))
+
+
+def load_segments(folder: Path, name: str, generation: int, base: int) -> Segments:
+    """Segments of one generation of an index."""
+    table, pages = (load(folder, f"{name}.{part}.{generation}") for part in ("keys", "pages"))
+    return Segments.of_table(table, pages, base)
+
+
+def save_segments(folder: Path, name: str, generation: int, segments: Segments) -> None:
+    """The inverse of `load_segments`; nobody reads it before META says so."""
+    np.save(folder / f"{name}.keys.{generation}.npy", segments.table)
+    np.save(folder / f"{name}.pages.{generation}.npy", segments.pages)
 
 
 def user_major_order(user_id: Array, event_time_us: Array, instance_id: Array) -> Array:
     """The permutation that sorts rows by (user_id, event_time, instance_id)."""
     return np.lexsort((instance_id, event_time_us, user_id))
-
-
-def segments_of(sorted_keys: Array) -> tuple[Array, Array]:
-    """Unique keys [K] and offsets [K + 1] of sorted keys."""
-    keys, counts = np.unique(np.asarray(sorted_keys, np.int64), return_counts=True)
-    return keys, np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def histories_of(

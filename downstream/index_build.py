@@ -21,14 +21,17 @@ from tqdm import tqdm
 
 from downstream.index_arrays import (
     ITEM_ARRAYS,
+    ITEM_DAY,
+    ITEMS,
+    USERS,
     Array,
-    ItemArrays,
     LineMeta,
     Meta,
-    segments_of,
+    save_segments,
     user_major_order,
 )
-from downstream.index_files import Snapshot, Source, Users, Writer
+from downstream.index_files import Snapshot, Source, Users, Writer, locked
+from downstream.segments import Segments
 from pipelines import tables
 from pipelines.days import Days
 from pipelines.domain import Domain
@@ -67,10 +70,13 @@ def build(
 
 def _publish(making: Path, folder: Path) -> None:
     """Swap the finished folder in; readers of the old one keep their memory maps."""
-    old = making.with_name(making.name + ".old")
-    if folder.exists():
+    if not folder.exists():
+        making.rename(folder)
+        return
+    with locked(folder):
+        old = making.with_name(making.name + ".old")
         folder.rename(old)
-    making.rename(folder)
+        making.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -103,30 +109,50 @@ def _write(
     _allocate(writer, domain, users, formats, fields)
     log.info("index of %s: %d users, %d events", domain.name, len(users.user_ids), num_rows)
     for buckets in tqdm(users.groups(), desc=f"index {domain.name}", unit="group", delay=5):
-        rows = _put_histories(writer, histories, users, buckets, domain)
+        events = Events.read(histories, buckets, domain)
+        user_row = np.searchsorted(users.user_ids, events.user_id)
+        before = np.searchsorted(events.user_id, events.user_id)
+        rows = events.put(writer, users.offsets[user_row] + np.arange(len(before)) - before)
         for at, line in enumerate(lines):
-            _put_tokens(writer, tokens[line], buckets, rows, f"line{at}", formats[line])
+            put_tokens(writer, tokens[line], buckets, rows, f"line{at}", formats[line])
         if logged is not None:
-            _put_fields(writer, logged, buckets, rows, domain)
+            put_fields(writer, logged, buckets, rows, domain)
+    newest_us = writer.arrays["event_time_us"][users.offsets[1:] - 1]
+    counts = np.diff(users.offsets)
+    save_segments(folder, USERS, 0, Segments.of(users.user_ids, counts, users.bucket, newest_us))
+    line_metas = {}
     for at, line in enumerate(lines):
-        if only_users is not None:
-            _allocate_items(writer, f"line{at}", ItemArrays.none(formats[line].width))
-            continue
-        items = snapshot.source(tables.item_tokens(domain.name), _items_until(days, line))
-        _put_items(writer, items, f"line{at}", formats[line].width)
+        width, name, items = formats[line].width, f"line{at}", None
+        if only_users is None:
+            items = snapshot.source(tables.item_tokens(domain.name), _items_until(days, line))
+        segments = _put_items(writer, items, name, width)
+        save_segments(folder / name, ITEMS, 0, segments)
+        line_metas[line] = LineMeta(
+            folder=name, codec=formats[line].codec, width=width, item_base=segments.total,
+            item_rows=segments.total,
+        )  # fmt: skip
     Meta(
         domain=domain.name,
         side=[f.stream_column for f in domain.side_features],
         labels=[label.name for label in domain.labels],
         match=[f.stream_column for f in domain.match_features],
         tables=snapshot.versions,
+        ids=snapshot.ids,
         days=[str(days.start), str(days.end)] if days is not None else None,
-        lines={
-            line: LineMeta(folder=f"line{at}", codec=formats[line].codec, width=formats[line].width)
-            for at, line in enumerate(lines)
-        },
+        lines=line_metas,
         has_fields=fields,
+        fields=field_columns(domain) if fields else [],
+        of_some_users=only_users is not None,
+        base=num_rows,
+        num_rows=num_rows,
     ).write(folder)
+
+
+def field_columns(domain: Domain) -> list[str]:
+    """The table's column of each id and each number of an index's logged fields."""
+    layout = FeatureLayout.of(domain)
+    categorical = [layout.categorical[at] for at in layout.slot_fields]
+    return [feature.stream_column for feature in (*categorical, *layout.numbers)]
 
 
 def _of_days(days: Days | None) -> ds.Expression:
@@ -171,9 +197,6 @@ def _allocate(
     writer: Writer, domain: Domain, users: Users, formats: dict[str, TokenFormat], fields: bool
 ) -> None:
     n = int(users.offsets[-1])
-    for name, values in (("user_ids", users.user_ids), ("offsets", users.offsets)):
-        writer.allocate(name, values.shape, np.int64)
-        writer.put(name, np.arange(len(values)), values)
     for name in ("event_time_us", "instance_id", "item_id", "request_id"):
         writer.allocate(name, (n,), np.int64)
     for feature in domain.side_features:
@@ -206,36 +229,49 @@ class Rows:
         return self.row[place[is_here]], is_here
 
 
-def _put_histories(
-    writer: Writer, source: Source, users: Users, buckets: Array, domain: Domain
-) -> Rows:
-    """Write a group's histories in order; says where each instance went."""
-    columns = [c for c in source.table.schema.names if c not in ("user_bucket", "event_date")]
-    found = source.rows(columns, buckets)
-    user, time_us = _ints(found, "user_id"), times_us(found, "event_time")
-    order = user_major_order(user, time_us, _ints(found, "instance_id"))
-    user_row = np.searchsorted(users.user_ids, user[order])
-    _, starts = segments_of(user_row)
-    in_user = np.arange(len(order)) - np.repeat(starts[:-1], np.diff(starts))
-    row = users.offsets[user_row] + in_user
-    writer.put("event_time_us", row, time_us[order])
-    for name in ("instance_id", "item_id", "request_id"):
-        writer.put(name, row, _ints(found, name)[order])
-    for feature in domain.side_features:
-        writer.put(feature.stream_column, row, _ints(found, feature.stream_column)[order])
-    for label in domain.labels:
-        value = np.asarray(pc.fill_null(found.column(f"label_{label.name}"), -1).to_numpy())
-        writer.put(f"label_{label.name}", row, value[order])
-        known_us = times_us(found, f"label_time_{label.name}")
-        writer.put(f"label_time_us_{label.name}", row, known_us[order])
-    instance_id = _ints(found, "instance_id")[order]
-    by_id = np.argsort(instance_id)
-    if (np.diff(instance_id[by_id]) == 0).any():
-        raise InputError(f"{source.table.name} holds an instance_id twice; build it again")
-    return Rows(instance_id[by_id], row[by_id])
+@dataclass(frozen=True)
+class Events:
+    """Events read from histories, in order of (user, event_time, instance_id)."""
+
+    user_id: Array
+    bucket: Array
+    columns: Mapping[str, Array]
+    """What the index holds of them, by array."""
+
+    @classmethod
+    def read(cls, source: Source, buckets: Array, domain: Domain) -> Events:
+        """A group of buckets."""
+        columns = [c for c in source.table.schema.names if c != "event_date"]
+        rows = source.rows(columns, buckets)
+        found = {"event_time_us": times_us(rows, "event_time")}
+        for name in ("instance_id", "item_id", "request_id"):
+            found[name] = _ints(rows, name)
+        for feature in domain.side_features:
+            found[feature.stream_column] = _ints(rows, feature.stream_column)
+        for label in domain.labels:
+            value = pc.fill_null(rows.column(f"label_{label.name}"), -1)
+            found[f"label_{label.name}"] = np.asarray(value.to_numpy())
+            found[f"label_time_us_{label.name}"] = times_us(rows, f"label_time_{label.name}")
+        instance_id, user_id = found["instance_id"], _ints(rows, "user_id")
+        if len(np.unique(instance_id)) != len(instance_id):
+            raise InputError(f"{source.table.name} holds an instance_id twice; build it again")
+        order = user_major_order(user_id, found["event_time_us"], instance_id)
+        return cls(
+            user_id[order],
+            _ints(rows, "user_bucket")[order],
+            {name: column[order] for name, column in found.items()},
+        )
+
+    def put(self, writer: Writer, row: Array) -> Rows:
+        """Write each event at its row; says where each instance went."""
+        for name, column in self.columns.items():
+            writer.put(name, row, column)
+        instance_id = self.columns["instance_id"]
+        by_id = np.argsort(instance_id)
+        return Rows(instance_id[by_id], row[by_id])
 
 
-def _put_tokens(
+def put_tokens(
     writer: Writer,
     source: Source,
     buckets: Array,
@@ -254,7 +290,7 @@ def _put_tokens(
     writer.put(f"{line}/available_us", row, times_us(found, "available_time")[is_here])
 
 
-def _put_fields(writer: Writer, source: Source, buckets: Array, rows: Rows, domain: Domain) -> None:
+def put_fields(writer: Writer, source: Source, buckets: Array, rows: Rows, domain: Domain) -> None:
     """Write a group's model-ready features; every history row must have them."""
     layout = FeatureLayout.of(domain)
     found = source.rows(["instance_id", *layout.columns], buckets)
@@ -269,36 +305,68 @@ def _put_fields(writer: Writer, source: Source, buckets: Array, rows: Rows, doma
     writer.put("numbers", row, made.numbers)
 
 
-def _put_items(writer: Writer, source: Source, line: str, width: int) -> None:
-    """Write a line's item tokens, sorted by (item, available); their sums in a second pass."""
-    check(source.opened, source.table.name, TokenFormat("float32", width))
-    keys = ["item_id", "available_time", "decayed_count"]
-    parts = [pa.Table.from_batches([batch]) for batch in source.batches(keys)]
-    empty = pa.schema([source.table.schema.field(name) for name in keys]).empty_table()
-    found = pa.concat_tables([empty, *parts])
-    item_id, available_us = _ints(found, "item_id"), times_us(found, "available_time")
-    order = np.lexsort((available_us, item_id))
-    item_ids, offsets = segments_of(item_id[order])
-    count = found.column("decayed_count").to_numpy()[order]
-    # The sums' values follow; broadcast, they take no memory until then.
-    sums = np.broadcast_to(np.float32(0), (len(order), width))
-    _allocate_items(writer, line, ItemArrays(item_ids, offsets, available_us[order], sums, count))
-    row = np.empty(len(order), np.int64)
-    row[order] = np.arange(len(order))
-    at = 0
-    for batch in source.batches(["item_id", "decayed_sum"]):
-        here = row[at : at + len(batch)]
-        if not np.array_equal(batch.column("item_id").to_numpy(), item_id[at : at + len(batch)]):
-            raise AssertionError("the scan's order changed between two passes")
-        sums = decode(batch.column("decayed_sum"), TokenFormat("float32", width))
-        writer.put(f"{line}/item_sum", here, sums)
-        at += len(batch)
+@dataclass(frozen=True)
+class ItemKeys:
+    """What item tokens are sorted by, in the table's order, and all else but their sums."""
+
+    item_id: Array
+    available_us: Array
+    day: Array
+    count: Array
+
+    @classmethod
+    def read(cls, source: Source, width: int) -> ItemKeys:
+        check(source.opened, source.table.name, TokenFormat("float32", width))
+        names = ["item_id", "available_time", "event_date", "decayed_count"]
+        parts = [pa.Table.from_batches([batch]) for batch in source.batches(names)]
+        empty = pa.schema([source.table.schema.field(name) for name in names]).empty_table()
+        found = pa.concat_tables([empty, *parts])
+        day = found.column("event_date").cast(pa.int32()).to_numpy()
+        return cls(
+            _ints(found, "item_id"), times_us(found, "available_time"), day,
+            found.column("decayed_count").to_numpy(),
+        )  # fmt: skip
+
+    @classmethod
+    def none(cls) -> ItemKeys:
+        ids = np.zeros(0, np.int64)
+        return cls(ids, ids, ids, np.zeros(0, np.float32))
+
+    def put(self, writer: Writer, line: str, row: Array) -> None:
+        """Write each at its row."""
+        writer.put(f"{line}/item_available_us", row, self.available_us)
+        writer.put(f"{line}/{ITEM_DAY}", row, self.day)
+        writer.put(f"{line}/item_count", row, self.count)
+
+    def put_sums(self, writer: Writer, source: Source, line: str, width: int, row: Array) -> None:
+        """Write their sums, in a second pass over the table."""
+        at = 0
+        for batch in source.batches(["item_id", "decayed_sum"]):
+            here = slice(at, at + len(batch))
+            if not np.array_equal(batch.column("item_id").to_numpy(), self.item_id[here]):
+                raise AssertionError("the scan's order changed between two passes")
+            sums = decode(batch.column("decayed_sum"), TokenFormat("float32", width))
+            writer.put(f"{line}/item_sum", row[here], sums)
+            at += len(batch)
 
 
-def _allocate_items(writer: Writer, line: str, items: ItemArrays) -> None:
-    for name, values in zip(ITEM_ARRAYS, vars(items).values(), strict=True):
-        writer.allocate(f"{line}/{name}", values.shape, values.dtype)
-        writer.put(f"{line}/{name}", np.arange(len(values)), values)
+def _put_items(writer: Writer, source: Source | None, line: str, width: int) -> Segments:
+    """Write a line's item tokens (None: none), sorted by (item, available); says whose they are."""
+    keys = ItemKeys.none() if source is None else ItemKeys.read(source, width)
+    n = len(keys.item_id)
+    order = np.lexsort((keys.day, keys.available_us, keys.item_id))
+    row = np.empty(n, np.int64)
+    row[order] = np.arange(n)
+    types = (np.int64, np.float32, np.float32, np.int32)
+    for name, dtype in zip((*ITEM_ARRAYS, ITEM_DAY), types, strict=True):
+        shape = (n, width) if name == "item_sum" else (n,)
+        writer.allocate(f"{line}/{name}", shape, dtype)
+    keys.put(writer, line, row)
+    if source is not None:
+        keys.put_sums(writer, source, line, width, row)
+    item_ids, count = np.unique(keys.item_id, return_counts=True)
+    newest_us = keys.available_us[order][np.cumsum(count) - 1]
+    return Segments.of(item_ids, count, newest_us=newest_us)
 
 
 def _ints(rows: pa.Table, name: str) -> Array:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,11 @@ class Snapshot:
     @property
     def versions(self) -> dict[str, int]:
         return {name: opened.version() for name, opened in self.opened.items()}
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """By which a table is told from another one made under its name."""
+        return {name: str(opened.metadata().id) for name, opened in self.opened.items()}
 
 
 @dataclass(frozen=True)
@@ -103,9 +111,9 @@ class Users:
                 "write it again"
             )
 
-    def groups(self) -> list[Array]:
-        """Buckets, in groups of at most about ROWS_AT_ONCE events."""
-        buckets = np.unique(self.bucket)
+    def groups(self, more: Array | None = None) -> list[Array]:
+        """Buckets, theirs and more, in groups of at most about ROWS_AT_ONCE events."""
+        buckets = np.union1d(self.bucket, self.bucket if more is None else more)
         per_bucket = np.bincount(
             np.searchsorted(buckets, self.bucket), np.diff(self.offsets), minlength=len(buckets)
         )
@@ -138,5 +146,52 @@ class Writer:
             mapped[:] = fill
         self.arrays[name] = mapped
 
-    def put(self, name: str, rows: Array, values: Array) -> None:
+    def grow(self, name: str, num_rows: int) -> None:
+        """Open an array that is there, its file made long enough; its rows stay as they are.
+
+        Its header is replaced in one write, after the rows that it tells of are there.
+        """
+        path = self.folder / f"{name}.npy"
+        with path.open("r+b") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+            if shape[0] < num_rows:
+                shape = (num_rows, *shape[1:])
+                size = start + math.prod(shape) * dtype.itemsize
+                os.posix_fallocate(file.fileno(), 0, size)
+                header = io.BytesIO()
+                described = {
+                    "descr": np.lib.format.dtype_to_descr(dtype),
+                    "fortran_order": False,
+                    "shape": shape,
+                }
+                np.lib.format.write_array_header_1_0(header, described)
+                if header.tell() != start:
+                    raise InputError(f"{path} has another header than ours; build the index again")
+                os.pwrite(file.fileno(), header.getvalue(), 0)
+        is_empty = not math.prod(shape)
+        self.arrays[name] = (
+            np.zeros(shape, dtype) if is_empty else np.memmap(path, dtype, "r+", start, shape)
+        )
+
+    def put(self, name: str, rows: Array, values: Array | int) -> None:
         self.arrays[name][rows] = values
+
+    def copy(self, name: str, rows: Array, to: Array) -> None:
+        self.arrays[name][to] = self.arrays[name][rows]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else extends or replaces the index in a folder meanwhile, in this or another process;
+    a lock ends with its process."""
+    while True:
+        held = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(held), folder.stat()):  # else it was replaced meanwhile
+                yield
+                return
+        finally:
+            os.close(held)

@@ -91,14 +91,17 @@ class MatchIndex:
         """
         if isinstance(store, UserIndex):
             store = IndexStore(store, None)
-        columns, offsets = store.columns, store.columns["offsets"]
-        length_U = offsets.diff()
+        users = store.index.users
+        length_U = torch.from_numpy(users.count).to(store.device)
+        first_U = length_U.cumsum(0) - length_U
         user_N = torch.repeat_interleave(torch.arange(len(length_U), device=store.device), length_U)
-        position_N = torch.arange(len(store), device=store.device) - offsets[user_N]
-        stride = int(length_U.max()) + 1 if len(length_U) else 1
-        found = {ITEM: Matches.of(columns["item_id"], user_N, position_N, stride)}
+        position_N = torch.arange(len(user_N), device=store.device) - first_U[user_N]
+        row_N = store.users.rows(user_N, position_N)
+        stride = store.users.longest + 1
+        item_N = store.columns["item_id"][row_N]
+        found = {ITEM: Matches.of(item_N, user_N, position_N, stride)}
         for name in store.index.meta.match if fields is None else fields:
-            value_N = columns[name].long()
+            value_N = store.columns[name][row_N].long()
             kept_N = value_N != 0
             found[name] = Matches.of(value_N[kept_N], user_N[kept_N], position_N[kept_N], stride)
         return cls(store, found, windows)
@@ -134,14 +137,14 @@ class MatchIndex:
         return out_BM
 
     def _features(self, user_ids: Tensor, as_of_us: Tensor, values: dict[str, Tensor]) -> Tensor:
-        user_B, begin_B, end_B = self.store.positions(user_ids, as_of_us)
-        length_B = end_B - begin_B
+        user_B, length_B = self.store.positions(user_ids, as_of_us)
         columns = []
         for name, value_B in values.items():
             counts, newest_B = self.fields[name].find(user_B, value_B, length_B, self.windows)
             has_match_B = newest_B >= 0
             columns += [count_B.float().log1p() for count_B in counts]
-            columns += [self._log_hours(begin_B + newest_B, has_match_B, as_of_us)]
+            row_B = self.store.users.rows(user_B, newest_B)
+            columns += [self._log_hours(row_B, has_match_B, as_of_us)]
             columns += [(~has_match_B).float()]
         columns.append(length_B.float().log1p())
         return torch.stack(columns, dim=1)

@@ -1,17 +1,17 @@
 """Histories and tokens of all users, user-major and memory-mapped, and the TokenStore over them.
 
-One folder holds sorted arrays plus offsets, built once per set of table versions; a user's past
-as of a moment is a contiguous range of rows, found by binary search. Rules of time: DESIGN.md
-section 5.
+One folder holds arrays of rows and says which rows are whose, built once from the lake's tables and
+then extended by what they have gained; a user's past as of a moment is found by binary search.
+Rules of time: DESIGN.md section 5.
 
-Shape legend: B queries, L sequence length, D token width, U users, N events, S id slots, M numbers.
+Shape legend: B queries, L sequence length, D token width, N rows, S id slots, M numbers.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor
 from downstream.index_arrays import (
     FIELD_ARRAYS,
     KEY_ARRAYS,
+    USERS,
     Array,
     ItemArrays,
     LineArrays,
@@ -29,10 +30,10 @@ from downstream.index_arrays import (
     line_of,
     load,
     load_line,
-    segments_of,
+    load_segments,
     user_major_order,
 )
-from downstream.segments import find, first_not_before
+from downstream.segments import Segments, SegmentTensors
 from downstream.token_store import HistoryRow, ItemRow, ItemTokens, Tokens
 from pipelines.days import Days
 from pipelines.domain import Domain
@@ -44,13 +45,13 @@ IN_MEMORY = "memory"
 
 @dataclass(frozen=True)
 class UserIndex:
-    """Arrays of events, sorted by (user_id, event_time, instance_id).
+    """Arrays of events, and whose they are: a user's in order of (event_time, instance_id).
 
-    User u owns rows [offsets[u], offsets[u + 1]). Side columns are called as in the table; an
-    unknown label is -1 and its label_time_us NEVER_US.
+    Side columns are called as in the table; an unknown label is -1 and its label_time_us NEVER_US.
     """
 
     meta: Meta
+    users: Segments
     arrays: Mapping[str, Array]
     lines: Mapping[str, LineArrays]
 
@@ -69,7 +70,7 @@ class UserIndex:
     ) -> UserIndex:
         """Build the whole index from the lake's tables, in place of what `folder` held.
 
-        It costs O(all days): a day more means building again.
+        It costs O(all days); see `extended` for a day more.
 
         Args:
             fields: all model-ready features of the events too.
@@ -85,13 +86,53 @@ class UserIndex:
         return cls.open(folder)
 
     @classmethod
+    def extended(
+        cls,
+        lake: str,
+        domain: Domain,
+        folder: Path,
+        *,
+        days: Days | None,
+        lines: Sequence[str] = (),
+        fields: bool = False,
+    ) -> UserIndex:
+        """The index in `folder` as its tables are now; built if there is none.
+
+        It costs O(days that have changed in the tables since), and reads no others. Who has opened
+        the index keeps what was opened. It is built as a whole where the changed days cannot be
+        told (after an erasure, or of a table made anew), or where half of its rows would be waste.
+
+        Args:
+            days: what it must hold; one that holds more stays so.
+            lines, fields: of an index that is not there yet; one that is keeps its own.
+        """
+        from downstream.index_build import build
+        from downstream.index_extend import extend
+
+        meta = Meta.read(folder) if folder.exists() else None
+        if meta is not None:
+            days, lines, fields = meta.days_with(days), [*meta.lines], meta.has_fields
+        if meta is None or not extend(lake, domain, folder, days=days):
+            build(lake, domain, folder, days=days, lines=lines, fields=fields)
+        return cls.open(folder)
+
+    @classmethod
     def open(cls, folder: Path) -> UserIndex:
         """The index in a folder, memory-mapped."""
-        meta = Meta.read(folder)
-        names = [*KEY_ARRAYS, *meta.side, *meta.label_arrays]
-        names += FIELD_ARRAYS if meta.has_fields else ()
-        lines = {line: load_line(folder / spec.folder) for line, spec in meta.lines.items()}
-        return cls(meta, {name: load(folder, name) for name in names}, lines)
+        while True:
+            meta = Meta.read(folder)
+            names = [*KEY_ARRAYS, *meta.side, *meta.label_arrays]
+            names += FIELD_ARRAYS if meta.has_fields else ()
+            try:
+                users = load_segments(folder, USERS, meta.generation, meta.base)
+                arrays = {name: load(folder, name)[: meta.num_rows] for name in names}
+                lines = {line: load_line(folder, meta, line) for line in meta.lines}
+            except FileNotFoundError:
+                if meta == Meta.read(folder):
+                    raise
+                continue
+            if meta == Meta.read(folder):  # else it was written meanwhile
+                return cls(meta, users, arrays, lines)
 
     @classmethod
     def from_arrays(
@@ -113,10 +154,7 @@ class UserIndex:
         order = user_major_order(user_id, event_time_us, instance_id)
         if not np.array_equal(order, np.arange(len(order))):
             raise ValueError("rows must be sorted by (user_id, event_time, instance_id)")
-        user_ids, offsets = segments_of(user_id)
         arrays: dict[str, Array] = {
-            "user_ids": user_ids,
-            "offsets": offsets,
             "event_time_us": np.asarray(event_time_us, np.int64),
             "instance_id": np.asarray(instance_id, np.int64),
             "item_id": np.asarray(item_id, np.int64),
@@ -127,11 +165,46 @@ class UserIndex:
             arrays[f"label_{name}"] = np.asarray(value, np.int8)
             arrays[f"label_time_us_{name}"] = np.asarray(time_us, np.int64)
         names = list(side or {})
-        meta = Meta(domain=IN_MEMORY, side=names, labels=list(labels or {}), match=names)
-        return cls(meta, arrays, {IN_MEMORY: tokens} if tokens is not None else {})
+        meta = Meta(
+            domain=IN_MEMORY, side=names, labels=list(labels or {}), match=names, base=len(order),
+            num_rows=len(order),
+        )  # fmt: skip
+        lines = {IN_MEMORY: tokens} if tokens is not None else {}
+        return cls(meta, Segments.of_sorted(user_id), arrays, lines)
 
     def __len__(self) -> int:
+        """Events; the arrays may have more rows, which are nobody's (see `rows`)."""
+        return self.users.total
+
+    @property
+    def num_rows(self) -> int:
         return len(self.arrays["event_time_us"])
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the arrays are the events, in order of (user, event_time, instance_id)."""
+        return not len(self.users.pages) and len(self) == self.num_rows
+
+    @property
+    def rows(self) -> Array:
+        """[events] The events' rows in the arrays, in order of (user, event_time, instance_id)."""
+        return self.users.rows()
+
+    def compacted(self) -> UserIndex:
+        """The same events, and no other rows, in memory; itself where it is so already."""
+        if self.is_compact:
+            return self
+        rows, held = self.rows, self.users
+        lines = {
+            name: LineArrays(line.token[rows], line.available_us[rows], line.items.compacted())
+            for name, line in self.lines.items()
+        }
+        return UserIndex(
+            replace(self.meta, base=len(rows), num_rows=len(rows)),
+            Segments.of(held.key, held.count, held.bucket, held.newest_us),
+            {name: array[rows] for name, array in self.arrays.items()},
+            lines,
+        )
 
     def line(self, name: str) -> LineArrays:
         """One line's tokens; a line that the index was built without is refused."""
@@ -147,13 +220,16 @@ class UserIndex:
 class IndexStore:
     """The TokenStore over a UserIndex, bound to one line (None: histories without tokens).
 
-    On the CPU its tensors are the index's memory maps; on a CUDA device everything is resident.
+    On the CPU its tensors are the index's memory maps; on a CUDA device everything is resident, and
+    compacted first.
     """
 
     def __init__(
         self, index: UserIndex, line: str | None, device: str | torch.device = "cpu"
     ) -> None:
-        self.index, self.device = index, torch.device(device)
+        self.device = torch.device(device)
+        self.index = index = index if self.device.type == "cpu" else index.compacted()
+        self.users = SegmentTensors(index.users, self.device)
         self.columns = {
             name: self._resident(array)
             for name, array in index.arrays.items()
@@ -161,8 +237,7 @@ class IndexStore:
         }
         self.side = [*index.meta.side, *(f"label_{name}" for name in index.meta.labels)]
         self._fields: tuple[Tensor, Tensor] | None = None
-        self._max_events = int(np.diff(index.arrays["offsets"]).max(initial=0))
-        held = index.line(line) if line is not None else LineArrays.none(len(index))
+        held = index.line(line) if line is not None else LineArrays.none(index.num_rows)
         self._bind(held.token, held.available_us, held.items)
 
     @classmethod
@@ -188,7 +263,7 @@ class IndexStore:
         available_us: Array | Tensor,
         item_tokens: ItemArrays | None = None,
     ) -> IndexStore:
-        """The same histories with other tokens [N, D], rows in the index's order.
+        """The same histories with other tokens [N, D], rows as in the index's arrays.
 
         Nothing is rebuilt, and memory is shared where the device is the same: tokens may be
         written in place as the days go by.
@@ -201,28 +276,27 @@ class IndexStore:
         return len(self.index)
 
     @property
+    def num_rows(self) -> int:
+        """Of the index's arrays, and so of tokens."""
+        return self.index.num_rows
+
+    @property
     def width(self) -> int:
         return int(self.token_ND.shape[1])
 
-    def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(user_row_B, begin_B, end_B): rows [begin, end) are the user's events before as_of.
-
-        A user not known has user_row -1 and begin = end = 0.
-        """
+    def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor]:
+        """(user_B, num_B): the user's place among the index's, and how many events are before
+        as_of. A user not known has place -1 and no events."""
         user_ids, as_of_us = user_ids.to(self.device), as_of_us.to(self.device)
-        row_B, is_known_B = find(self.columns["user_ids"], user_ids)
-        begin_B = torch.where(is_known_B, self.columns["offsets"][row_B], 0)
-        stop_B = self.columns["offsets"][(row_B + 1).clamp(max=len(self.columns["offsets"]) - 1)]
-        stop_B = torch.where(is_known_B, stop_B, 0)
-        times_N = self.columns["event_time_us"]
-        end_B = first_not_before(times_N, begin_B, stop_B, as_of_us, self._max_events)
-        return torch.where(is_known_B, row_B, -1), begin_B, end_B
+        user_B, is_known_B = self.users.find(user_ids)
+        num_B = self.users.count_before(self.columns["event_time_us"], user_B, as_of_us)
+        return torch.where(is_known_B, user_B, -1), torch.where(is_known_B, num_B, 0)
 
     def fetch(self, user_ids: Tensor, as_of_us: Tensor, length: int) -> Tokens:
         """See TokenStore.fetch; every tensor is on the store's device."""
-        _, begin_B, end_B = self.positions(user_ids, as_of_us)
+        user_B, num_B = self.positions(user_ids, as_of_us)
         as_of_B = as_of_us.to(self.device)
-        row_BL, mask_BL = self.newest(begin_B, end_B, length)
+        row_BL, mask_BL = self.newest(user_B, num_B, length)
         token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
         return Tokens(
             token_BLD=token_BLD,
@@ -233,11 +307,10 @@ class IndexStore:
             row_BL=row_BL,
         )
 
-    def newest(self, begin_B: Tensor, end_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """(row_BL, mask_BL): the last rows of each [begin, end), left-padded with -1."""
-        row_BL = end_B[:, None] + torch.arange(-length, 0, device=self.device)
-        mask_BL = row_BL >= begin_B[:, None]
-        return torch.where(mask_BL, row_BL, -1), mask_BL
+    def newest(self, user_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """(row_BL, mask_BL): the rows of the last of each user's first `num` events, left-padded
+        with -1."""
+        return self.users.newest(user_B, num_B, length)
 
     def tokens_at(self, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> tuple[Tensor, Tensor]:
         """(token_BLD, token_mask_BL) of rows of `newest`: 0 where not published before as_of."""
@@ -273,14 +346,10 @@ class IndexStore:
     def item_rows(self, item_ids: Tensor, as_of_us: Tensor) -> Tensor:
         """[B] Where the newest value of each item published before as_of is; -1 without one."""
         as_of_us = as_of_us.to(self.device)
-        place_B, is_known_B = find(self._item_ids_K, item_ids.to(self.device))
-        last = len(self._item_offsets) - 1
-        begin_B = torch.where(is_known_B, self._item_offsets[place_B], 0)
-        stop_B = torch.where(is_known_B, self._item_offsets[(place_B + 1).clamp(max=last)], 0)
-        end_B = first_not_before(
-            self._item_available_us_R, begin_B, stop_B, as_of_us, self._max_item_rows
-        )
-        return torch.where(end_B > begin_B, end_B - 1, -1)
+        item_B, is_known_B = self.items.find(item_ids.to(self.device))
+        num_B = self.items.count_before(self._item_available_us_R, item_B, as_of_us)
+        row_B = self.items.rows(item_B, num_B - 1)
+        return torch.where(is_known_B & (num_B > 0), row_B, -1)
 
     def items_at(self, row_B: Tensor) -> ItemTokens:
         """The item tokens at rows of `item_rows`."""
@@ -306,9 +375,10 @@ class IndexStore:
         return ids_BLS, numbers_BLM
 
     def _bind(self, token: Array | Tensor, available: Array | Tensor, items: ItemArrays) -> None:
-        if len(token) != len(self.index) or len(available) != len(self.index):
+        num_rows = self.num_rows
+        if len(token) != num_rows or len(available) != num_rows:
             raise ValueError(
-                f"tokens need one row per event of the index, {len(self.index)}; "
+                f"tokens need one row per event of the index, {num_rows}; "
                 f"got {len(token)} tokens, {len(available)} available times"
             )
         if items.decayed_sum.shape[1] != token.shape[1]:
@@ -317,12 +387,10 @@ class IndexStore:
             )
         self.token_ND = self._resident(token)
         self.available_us_N = self._resident(available)
-        self._item_ids_K = self._resident(items.item_ids)
-        self._item_offsets = self._resident(items.offsets)
+        self.items = SegmentTensors(items.segments, self.device)
         self._item_available_us_R = self._resident(items.available_us)
         self._item_sum_RD = self._resident(items.decayed_sum)
         self._item_count_R = self._resident(items.decayed_count)
-        self._max_item_rows = int(np.diff(items.offsets).max(initial=0))
 
     def _resident(self, array: Array | Tensor) -> Tensor:
         if isinstance(array, Tensor):

@@ -263,17 +263,17 @@ def _of_domain(folder: Path, domain: Domain) -> Meta:
 
 
 def rebuilt(lake: str, domain: Domain, folder: Path) -> bool:
-    """Whether the index was older than the lake's tables and so was built again; one that cannot be
-    is removed."""
+    """Whether the index was built again: it was older than the lake's tables, or was extended and
+    so may hold rows of before; one that cannot be built is removed."""
     meta = _of_domain(folder, domain)
     made = [make(domain) for make in BY_USER] + [tables.item_tokens(domain.name)]
     held = [table for table in made if table.name in meta.tables]
-    if all(delta.open_table(lake, t).version() == meta.tables[t.name] for t in held):
+    is_current = all(delta.open_table(lake, t).version() == meta.tables[t.name] for t in held)
+    if is_current and not meta.generation:
         return False
-    days = Days(*map(date.fromisoformat, meta.days)) if meta.days else None
     try:
         UserIndex.build(
-            lake, domain, folder, days=days, lines=[*meta.lines], fields=meta.has_fields
+            lake, domain, folder, days=meta.held_days, lines=[*meta.lines], fields=meta.has_fields
         )
     except InputError as error:
         log.warning("the index in %s is removed, it cannot be built again: %s", folder, error)

@@ -26,6 +26,7 @@ from downstream.data import RankerData, match_of
 from downstream.index_arrays import ItemArrays, LineArrays, load
 from downstream.inputs import RankerInputs
 from downstream.samples import Samples
+from downstream.segments import Segments
 from downstream.user_index import IndexStore, UserIndex
 from pipelines import tables
 from pipelines.domain import Domain
@@ -89,7 +90,8 @@ def ranker_arrays(rows: pa.Table, domain: Domain, device: str) -> dict[str, Arra
     flat = {name: array for name, array in own.items() if isinstance(array, np.ndarray)}
     for name in ("request", "candidate"):
         flat |= named({"ids": own[name].ids, "numbers": own[name].numbers}, name)
-    return named(index.arrays, "index") | named(flat, "sample") | {"match": match.cpu().numpy()}
+    events = {**index.arrays, "user_id": np.repeat(index.users.key, index.users.count)}
+    return named(events, "index") | named(flat, "sample") | {"match": match.cpu().numpy()}
 
 
 def samples_held(held: Arrays) -> Samples:
@@ -106,7 +108,7 @@ def ranker(held: Arrays, domain: Domain, device: str) -> RankerData:
     side = [f.stream_column for f in domain.side_features]
     index = part_of(held, "index")
     found = UserIndex.from_arrays(
-        user_id=np.repeat(index["user_ids"], np.diff(index["offsets"])),
+        user_id=index["user_id"],
         event_time_us=index["event_time_us"],
         item_id=index["item_id"],
         instance_id=index["instance_id"],
@@ -126,17 +128,20 @@ def ranker(held: Arrays, domain: Domain, device: str) -> RankerData:
     )
 
 
-ITEM_ARRAYS = ("item_ids", "offsets", "available_us", "decayed_sum", "decayed_count")
+ITEM_ARRAYS = ("available_us", "decayed_sum", "decayed_count")
 
 
 def line_arrays(line: LineArrays) -> dict[str, Array]:
     items = {name: getattr(line.items, name) for name in ITEM_ARRAYS}
+    items |= {"item_id": line.items.segments.key, "num": line.items.segments.count}
     return {"token": line.token, "available_us": line.available_us} | named(items, "item")
 
 
 def line(held: Arrays) -> LineArrays:
     """The inverse of `line_arrays`."""
-    return LineArrays(held["token"], held["available_us"], ItemArrays(**part_of(held, "item")))
+    of = part_of(held, "item")
+    items = ItemArrays(Segments.of(of["item_id"], of["num"]), *(of[name] for name in ITEM_ARRAYS))
+    return LineArrays(held["token"], held["available_us"], items)
 
 
 def samples_of(rows: pa.Table, domain: Domain) -> pa.Table:

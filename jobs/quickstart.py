@@ -221,7 +221,7 @@ def _compare(args: Args, domain: Domain, clock: Clock) -> dict[str, Any]:
         "lines": lines,
         "tokens": figures,
         "settings": {
-            "users": len(index.arrays["user_ids"]),
+            "users": len(index.users),
             "events": len(index),
             "samples": len(data),
             "samples in the table": int(inside.sum()),

@@ -24,6 +24,7 @@ def token_figures(
     lake: str, domain: Domain, index: UserIndex, line: str, days: Days
 ) -> dict[str, Any]:
     """Rows by month: {norms: p5, p50, p95; drift: cosine; coverage: share}."""
+    index = index.compacted()
     day = index.arrays["event_time_us"] // DAY_US
     unique, at = np.unique(day, return_inverse=True)
     month = np.array([str(as_date(int(x)))[:7] for x in unique])[at]
@@ -68,10 +69,10 @@ def _drift(
 
 def _coverage(index: UserIndex, available_us: Array, month: Array) -> list[dict[str, Any]]:
     """Of the newest events before a random event: the share whose token could be read then."""
-    offsets, time_us = index.arrays["offsets"], index.arrays["event_time_us"]
+    begins, time_us = index.users.begin, index.arrays["event_time_us"]
     shares: dict[str, list[float]] = {}
     for row in np.random.default_rng(0).integers(0, len(time_us), COVERAGE_EVENTS):
-        begin = int(offsets[np.searchsorted(offsets, row, side="right") - 1])
+        begin = int(begins[np.searchsorted(begins, row, side="right") - 1])
         end = begin + int(np.searchsorted(time_us[begin:row], time_us[row]))
         if end > begin:
             readable = available_us[max(begin, end - COVERAGE_LENGTH) : end] < time_us[row]

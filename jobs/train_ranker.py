@@ -25,6 +25,7 @@ from compressor.training import checkpoint, metrics
 from downstream import saved
 from downstream.configs import RankerConfig, RankerTraining, arm
 from downstream.data import RankerData, with_shuffled_tokens
+from downstream.index_arrays import Meta
 from downstream.samples import Array
 from downstream.streaming import RankerTrainer, fit, walk
 from downstream.user_index import IndexStore, UserIndex
@@ -87,7 +88,8 @@ class Args:
     user_seed: int = 0
     """Which users the share keeps."""
     index: str = ""
-    """Folder of an index to use, or to make and keep; empty: made for this run."""
+    """Folder of an index to extend by what the tables have gained, or to make and keep; empty: made
+    for this run."""
     manifest: Path | None = None
     """Repeat the run of this OUT/manifest.json: its arguments, over the table versions it read."""
     seed: int = 0
@@ -185,11 +187,14 @@ def manifest_of(
 
 
 def index_arrays(index: UserIndex) -> list[Array]:
-    """All arrays of an index, in an order that is the same each time."""
-    found = [index.arrays[name] for name in sorted(index.arrays)]
+    """All arrays of an index, in an order that is the same each time, however it was extended."""
+    index = index.compacted()
+    found = [index.users.key, index.users.count]
+    found += [index.arrays[name] for name in sorted(index.arrays)]
     for line in sorted(index.lines):
-        held = index.lines[line]
-        found += [held.token, held.available_us, *vars(held.items).values()]
+        held, items = index.lines[line], index.lines[line].items
+        found += [held.token, held.available_us, items.segments.key, items.segments.count]
+        found += [items.available_us, items.decayed_sum, items.decayed_count]
     return found
 
 
@@ -228,15 +233,13 @@ def user_index(
         )  # fmt: skip
     folder = Path(args.index) if args.index else temporary
     if folder.exists():
-        index = UserIndex.open(folder)
-        found, wanted = index.meta.side, [f.stream_column for f in domain.side_features]
+        found, wanted = Meta.read(folder).side, [f.stream_column for f in domain.side_features]
         if found != wanted:
             raise InputError(
                 f"the index in {folder} was built with side information {found}, and {domain.name} "
                 f"now has {wanted}; give --index another folder"
             )
-        return index
-    return UserIndex.build(
+    return UserIndex.extended(
         args.lake,
         domain,
         folder,

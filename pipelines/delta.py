@@ -37,6 +37,8 @@ NUM_INDEXED = "delta.dataSkippingNumIndexedCols"
 KEPT_LOG = {"delta.logRetentionDuration": "interval 36500 days"}
 """Commits are what tells right days from stale ones, and manifests pin old versions; by default
 they are gone after 30 days."""
+KEEPS_ROWS = frozenset({"SET TBLPROPERTIES", "VACUUM START", "VACUUM END"})
+"""Operations of commits after which a table holds the rows of before."""
 OF_EVENTS = KEPT_LOG | {NUM_INDEXED: "0"}
 """Properties of every table of events: a file's smallest and largest user id in the log would
 outlive the user, and as hashes they help no reader to skip a file."""
@@ -96,6 +98,31 @@ def commits(
         said = action.get("userMetadata") or action.get("iat")
         if said:
             yield int(action["version"]), json.loads(said)
+
+
+def days_changed(opened: DeltaTable, since: int, *, line: str | None = None) -> set[date] | None:
+    """The days that commits after version `since` replaced; None where that cannot be told: a
+    commit that is not ours, or that names no days, as an erasure's; a log that lost its commits.
+
+    Args:
+        line: leave out commits of other compressor lines.
+    """
+    num = opened.version() - since
+    if num < 0:
+        return None
+    actions = opened.history(num) if num else []
+    if sorted(int(action["version"]) for action in actions) != [*range(since + 1, since + 1 + num)]:
+        return None
+    found: set[date] = set()
+    for action in actions:
+        if action["operation"] in KEEPS_ROWS:
+            continue
+        commit = json.loads(action.get("userMetadata") or action.get("iat") or "{}")
+        if "start" not in commit:
+            return None
+        if line is None or commit.get("line", line) == line:
+            found |= set(days_told(commit))
+    return found
 
 
 def days_told(commit: Mapping[str, str]) -> Days:

@@ -106,7 +106,7 @@ def auc_of(data: RankerData, parts: str, seed: int = 0) -> float:
 class SameInstant(IndexStore):
     """Rule 1 broken on purpose: `<=` where it must be `<`."""
 
-    def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor]:
         return super().positions(user_ids, as_of_us + 1)
 
     def side_at(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from downstream.data import DAY_US, RankerData
 from downstream.index_arrays import ItemArrays, LineArrays
 from downstream.inputs import RankerInputs
 from downstream.samples import Samples
+from downstream.segments import Segments
 from downstream.user_index import IN_MEMORY, IndexStore, UserIndex
 from pipelines.domain import Domain, parse
 from pipelines.features import FeatureArrays, FeatureLayout
@@ -150,8 +151,7 @@ def _item_tokens(rng: np.random.Generator, num_days: int) -> ItemArrays:
     items = np.arange(NUM_ITEMS - 1)
     num = len(days) * len(items)
     return ItemArrays(
-        item_ids=items.astype(np.int64),
-        offsets=np.arange(0, num + 1, len(days)),
+        segments=Segments.of(items, np.full(len(items), len(days))),
         available_us=np.tile(days * DAY_US, len(items)),
         decayed_sum=rng.standard_normal((num, TOKEN_WIDTH)).astype(np.float32),
         decayed_count=np.ones(num, np.float32),

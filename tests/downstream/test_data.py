@@ -41,7 +41,8 @@ def test_histories_are_the_newest_events_strictly_before_the_request(
 ) -> None:
     data = make_data(seed=seed)
     batch, index = everything(data, MATCH), data.store.index.arrays
-    user = np.repeat(index["user_ids"], np.diff(index["offsets"]))
+    users = data.store.index.users
+    user = np.repeat(users.key, users.count)
     sequence = batch.histories[MAIN]
     side = data.vocabulary.rows(
         data.inputs.side.slot_tables,
@@ -140,7 +141,7 @@ def test_item_tokens_are_the_newest_published_before_the_request(
         n = int(batch.sample_RC[r, c])
         item, as_of = data.samples.item_id[n], data.samples.as_of_us[n]
         rows = np.flatnonzero(
-            (np.repeat(items.item_ids, np.diff(items.offsets)) == item)
+            (np.repeat(items.segments.key, items.segments.count) == item)
             & (items.available_us < as_of)
         )
         assert bool(batch.item_token_mask_RC[r, c]) == (len(rows) > 0)

@@ -124,15 +124,17 @@ def test_nothing_of_the_future_moves_a_fetch(
     assert_same(moved, held)
 
 
-def test_positions_are_the_rows_strictly_before_as_of() -> None:
+def test_positions_count_the_events_strictly_before_as_of() -> None:
     rows = [
         HistoryRow(user_id=u, event_time_us=t, instance_id=t) for u in (1, 5) for t in (3, 4, 4)
     ]
     store = IndexStore.from_rows(rows, **SHAPE)
-    user_row, begin, end = store.positions(torch.tensor([5, 5, 1, 2]), torch.tensor([4, 5, 3, 9]))
-    assert user_row.tolist() == [1, 1, 0, -1]
-    assert begin.tolist() == [3, 3, 0, 0]
-    assert end.tolist() == [4, 6, 0, 0]
+    user, num = store.positions(torch.tensor([5, 5, 1, 2]), torch.tensor([4, 5, 3, 9]))
+    assert user.tolist() == [1, 1, 0, -1]
+    assert num.tolist() == [1, 3, 0, 0]
+    row, mask = store.newest(user, num, 2)
+    assert row.tolist() == [[-1, 3], [4, 5], [-1, -1], [-1, -1]]
+    assert mask.tolist() == [[False, True], [True, True], [False, False], [False, False]]
 
 
 def test_other_tokens_change_tokens_only_and_may_be_written_in_place() -> None:
@@ -156,19 +158,18 @@ def test_rows_out_of_order_are_refused() -> None:
         )
 
 
-DOMAIN = parse(
-    {
-        "name": "shop",
-        "source": {"path": "x"},
-        "columns": {"user": "u", "item": "i", "time": "t"},
-        "label": [{"name": "buy", "column": "buy"}],
-        "feature": [
-            {"name": "brand", "column": "brand", "side": "item"},
-            {"name": "price", "column": "price", "kind": "number"},
-            {"name": "tags", "column": "tags", "kind": "multi-category", "max_length": 2},
-        ],
-    }
-)
+RAW: dict[str, Any] = {
+    "name": "shop",
+    "source": {"path": "x"},
+    "columns": {"user": "u", "item": "i", "time": "t"},
+    "label": [{"name": "buy", "column": "buy"}],
+    "feature": [
+        {"name": "brand", "column": "brand", "side": "item"},
+        {"name": "price", "column": "price", "kind": "number"},
+        {"name": "tags", "column": "tags", "kind": "multi-category", "max_length": 2},
+    ],
+}
+DOMAIN = parse(RAW)
 DAY = date(2026, 3, 1)
 DAYS = Days(DAY, DAY + timedelta(days=3))
 COMMIT = {"job": "test"}
@@ -203,8 +204,16 @@ def day_of(row: HistoryRow) -> date:
     return DAY + timedelta(days=(row.event_time_us - to_us(midnight(DAY))) // 86_400_000_000)
 
 
-def write_lake(lake: str, rows: list[HistoryRow], *, line: str = "main", buckets: int = 3) -> None:
+def write_lake(
+    lake: str, rows: list[HistoryRow], *, line: str = "main", buckets: int = 3, days: Days = DAYS
+) -> None:
     """The tables of these rows, as the jobs would write them."""
+    write_events(lake, rows, buckets=buckets, days=days)
+    write_tokens(lake, rows, line=line, buckets=buckets, days=days)
+
+
+def write_events(lake: str, rows: list[HistoryRow], *, buckets: int = 3, days: Days = DAYS) -> None:
+    """Histories and the stream of these rows."""
     columns = {
         "instance_id": [r.instance_id for r in rows],
         "user_id": [r.user_id for r in rows],
@@ -218,7 +227,7 @@ def write_lake(lake: str, rows: list[HistoryRow], *, line: str = "main", buckets
         "event_date": [day_of(r) for r in rows],
     }
     histories = tables.histories(DOMAIN)
-    delta.replace(lake, histories, as_table(columns, histories.schema), DAYS, commit=COMMIT)
+    delta.replace(lake, histories, as_table(columns, histories.schema), days, commit=COMMIT)
     columns |= {
         "is_sampled": [False] * len(rows),
         "f_price": [float(r.request_id) for r in rows],
@@ -229,15 +238,22 @@ def write_lake(lake: str, rows: list[HistoryRow], *, line: str = "main", buckets
     sampled["instance_id"] = [*columns["instance_id"], *(-1 - i for i in columns["instance_id"])]
     sampled["is_sampled"] = [False] * len(rows) + [True] * len(rows)
     stream = tables.user_order(DOMAIN)
-    delta.replace(lake, stream, as_table(sampled, stream.schema), DAYS, commit=COMMIT)
-    write_tokens(lake, rows, line=line, buckets=buckets)
+    delta.replace(lake, stream, as_table(sampled, stream.schema), days, commit=COMMIT)
 
 
 def write_tokens(
-    lake: str, rows: list[HistoryRow], *, line: str, buckets: int = 3, form: TokenFormat = FORM
+    lake: str,
+    rows: list[HistoryRow],
+    *,
+    line: str,
+    buckets: int = 3,
+    form: TokenFormat = FORM,
+    days: Days = DAYS,
 ) -> None:
+    """Tokens of these rows; and, of all DAYS, two item tokens, whatever the rows."""
     held = [r for r in rows if r.token is not None]
     token = np.array([[*r.token, 0.0, 0.0][: form.width] for r in held if r.token is not None])
+    token, commit = token.reshape(-1, form.width), COMMIT | {"line": line}
     columns = {
         "instance_id": [r.instance_id for r in held],
         "user_id": [r.user_id for r in held],
@@ -252,8 +268,10 @@ def write_tokens(
     }
     table = tables.instance_tokens("shop")
     token_format.declare(lake, table, form)
-    delta.replace(lake, table, as_table(columns, table.schema), DAYS, commit=COMMIT, line=line)
+    delta.replace(lake, table, as_table(columns, table.schema), days, commit=commit, line=line)
     items = tables.item_tokens("shop")
+    if days != DAYS:
+        return
     sums = np.arange(1, 2 * form.width + 1, dtype=np.float32).reshape(2, form.width)
     item_columns = {
         "item_id": [3, 1],
@@ -264,7 +282,7 @@ def write_tokens(
         "decayed_count": [2.0, 4.0],
         "event_date": [DAY + timedelta(days=2), DAY],
     }
-    delta.replace(lake, items, as_table(item_columns, items.schema), DAYS, commit=COMMIT, line=line)
+    delta.replace(lake, items, as_table(item_columns, items.schema), DAYS, commit=commit, line=line)
 
 
 def as_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
@@ -341,7 +359,7 @@ def test_lines_never_mix_unnoticed(lake: str, tmp_path: Path) -> None:
     ]
     write_tokens(lake, doubled, line="other")
     index = UserIndex.build(lake, DOMAIN, tmp_path / "index", days=None, lines=["main", "other"])
-    user_ids = torch.from_numpy(index.arrays["user_ids"])
+    user_ids = torch.from_numpy(index.users.key)
     late = torch.full_like(user_ids, NEVER_US)
     main, other = (IndexStore(index, x).fetch(user_ids, late, 9) for x in ("main", "other"))
     assert torch.equal(2 * main.token_BLD, other.token_BLD)
@@ -391,7 +409,7 @@ def test_an_index_of_nothing_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="build it first"):
         UserIndex.open(tmp_path)
     (tmp_path / "meta.json").write_text('{"format": 0}')
-    with pytest.raises(InputError, match="format 0, needed 1"):
+    with pytest.raises(InputError, match="format 0, needed 2"):
         UserIndex.open(tmp_path)
 
 
@@ -399,6 +417,6 @@ def test_item_rows_come_in_any_order() -> None:
     made = ItemArrays.of(
         np.array([5, 2, 5]), np.array([9, 1, 3]), np.array([[1.0], [2.0], [3.0]]), np.ones(3)
     )
-    assert made.item_ids.tolist() == [2, 5]
-    assert made.offsets.tolist() == [0, 1, 3]
+    assert made.segments.key.tolist() == [2, 5]
+    assert made.segments.count.tolist() == [1, 2]
     assert made.decayed_sum[:, 0].tolist() == [2.0, 3.0, 1.0]

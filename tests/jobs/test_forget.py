@@ -221,10 +221,10 @@ def test_an_older_table_gets_statistics_out_of_its_log(shop: Shop, place: Path) 
 def test_an_index_is_built_again_without_the_user(shop: Shop, place: Path) -> None:
     folder = place / "index"
     old = UserIndex.open(folder)
-    assert USER in old.arrays["user_ids"]
+    assert USER in old.users.key
     assert erase(shop, place, "--index", folder)["indexes"] == [str(folder)]
     new = UserIndex.open(folder)
-    assert new.arrays["user_ids"].tolist() == [u for u in old.arrays["user_ids"] if u != USER]
+    assert new.users.key.tolist() == [u for u in old.users.key if u != USER]
     assert list(new.lines) == ["all"]
     assert new.meta.has_fields
     assert erase(shop, place, "--index", folder)["indexes"] == []
