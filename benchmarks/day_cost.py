@@ -34,6 +34,8 @@ from pipelines.domain import load
 
 FIRST = date(2026, 1, 1)
 BAR = 1.2
+WINDOW = 3
+"""Days before each that the compressor line reads."""
 DOMAIN = """
 name = "days"
 source = {path = "log"}
@@ -101,7 +103,7 @@ def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict
             "domain": str(root / "days.toml"), "lake": lake, "start": day,
             "end": day + timedelta(days=1),
         }  # fmt: skip
-        line = only | {"parent": "user" if number else "", "device": "cpu"}
+        line = only | ({"parent": "user"} if number else {"window": WINDOW}) | {"device": "cpu"}
         so_far = Days(FIRST, day + timedelta(days=1))
         index = partial(UserIndex.extended, lake, domain, root / "index", lines=["user"])
         work: dict[str, Callable[[], Any]] = {
