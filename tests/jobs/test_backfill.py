@@ -20,7 +20,7 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs import backfill
-from jobs.backfill import Step, plan
+from jobs.backfill_plan import Step, plan
 from jobs.cli import run
 from jobs.day_states import GROUPS, Group, States
 from pipelines import delta, tables
@@ -201,7 +201,7 @@ def test_a_day_that_fails_keeps_no_other_from_being_written(
 ) -> None:
     bad = [row(None, "1", us(LAST, n)) for n in range(30)]
     other = Shop(tmp_path / "other").write([*clicks(), *bad])
-    flags = (*days_flags(LOG), "--groups", "instances")
+    flags = (*days_flags(LOG), "--tables", "instances")
     said = iat("backfill", other, tmp_path / "lake", *flags)
     assert said.code == 1
     assert f"1 of 4 steps failed, the first {one(LAST)}" in said.err
