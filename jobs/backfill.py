@@ -104,7 +104,7 @@ def main(args: Args) -> dict[str, Any]:
     if version is not None:
         (of_line,) = token_states(args.lake, domain, [version], days).values()
         rewritten = {day for step in steps if "streams" in step.why for day in step.days}
-        tokens = token_plan(of_line, states["streams"], rewritten, args.days_at_once)
+        tokens = token_plan(of_line, rewritten, args.days_at_once)
     if args.order == "newest":
         steps.reverse()
         tokens = tokens._replace(steps=tokens.steps[::-1])

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from jobs.day_states import GROUPS, Group, Size, States, mean_day
-from jobs.token_states import BEFORE, Reasons, TokenStates
+from jobs.token_states import BEFORE, TokenStates
 from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
@@ -85,20 +85,19 @@ def plan(
 
 
 def token_plan(
-    states: TokenStates, streams: Reasons, rewritten: Collection[date], days_at_once: int = 1
+    states: TokenStates, rewritten: Collection[date], days_at_once: int = 1
 ) -> TokenPlan:
     """What is to be written of tokens, oldest first; days without a stream have none.
 
     Args:
-        streams: why days of the streams have to be written again.
-        rewritten: days of the streams that are.
+        rewritten: days of the streams that the plan writes before.
     """
     steps: list[Step] = []
     sums: list[Step] = []
     without: list[date] = []
     for day, reason in states.tokens.items():
         why = reason or ("streams rewritten" if day in rewritten else None)
-        if streams[day] == MISSING and day not in rewritten:
+        if day in states.without and day not in rewritten:
             without += [day] if why else []
             continue
         if why:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ class TokenStates(NamedTuple):
     tokens: Reasons
     items: Reasons
     """Item tokens of a day sum up its tokens and those of all days before it."""
+    without: Collection[date]
+    """Days that the line's stream was never written for."""
     later: Sequence[date]
     """Days after the ones asked for that have item tokens."""
 
@@ -75,7 +77,8 @@ def _of(
         )
         if summed[day] is None and before[day] > sums[day].version:
             summed[day] = BEFORE
-    return TokenStates(found, summed, sorted(day for day in sums if day >= days.end))
+    without = {day for day in of_line if day not in streams}
+    return TokenStates(found, summed, without, sorted(day for day in sums if day >= days.end))
 
 
 def _commits(lake: str, table: Table) -> Commits:

@@ -33,10 +33,10 @@ def pool(num_workers: int) -> ProcessPoolExecutor:
 
 
 def _begin(num_workers: int) -> None:
-    import torch
-
     end_with_parent()
     if num_workers > 1:
+        import torch
+
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_workers))
 
 

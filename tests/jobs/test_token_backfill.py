@@ -187,7 +187,7 @@ def states(tokens: str, items: str) -> TokenStates:
     both = (
         {day(n): words[letter] for n, letter in enumerate(letters)} for letters in (tokens, items)
     )
-    return TokenStates(*both, later=[day(9)])
+    return TokenStates(*both, without={day(1)}, later=[day(9)])
 
 
 def told(steps: Any) -> list[tuple[Days, str]]:
@@ -195,18 +195,17 @@ def told(steps: Any) -> list[tuple[Days, str]]:
 
 
 def test_item_tokens_are_summed_up_again_from_the_first_day_whose_tokens_change() -> None:
-    streams = dict.fromkeys(LOG) | {day(1): MISSING}
-    plan = token_plan(states(".m.sm.", "......"), streams, {day(5)})
+    plan = token_plan(states(".m.sm.", "......"), {day(5)})
     assert told(plan.steps) == [
         (span(3), "stale"), (span(4), MISSING), (span(5), "streams rewritten"),
     ]  # fmt: skip
     assert told(plan.sums) == [(span(3, 5), "tokens rewritten")]
     assert (plan.without, plan.later) == ([day(1)], [day(9)])
-    plan = token_plan(states("......", "...s.."), streams, set())
+    plan = token_plan(states("......", "...s.."), set())
     assert plan.steps == []
     assert told(plan.sums) == [(span(3), "stale"), (span(4, 5), BEFORE)]
-    assert token_plan(states("......", "......"), streams, set()) == TokenPlan([], [], [], ())
-    plan = token_plan(states(".m....", ".m...."), streams, {day(1)}, days_at_once=3)
+    assert token_plan(states("......", "......"), set()) == TokenPlan([], [], [], ())
+    plan = token_plan(states(".m....", ".m...."), {day(1)}, days_at_once=3)
     assert [*told(plan.steps), *told(plan.sums)] == [
         (span(1), MISSING), (span(1), MISSING), (span(2, 5), BEFORE),
     ]  # fmt: skip
