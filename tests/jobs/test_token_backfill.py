@@ -29,7 +29,7 @@ from jobs.token_states import BEFORE, TokenStates
 from pipelines import delta, tables
 from pipelines.days import Days, midnight, to_us
 from pipelines.domain import Domain, load
-from pipelines.errors import InputError
+from pipelines.errors import InputError, RetryableError
 from pipelines.written import MISSING, days_written
 from tests.compressor.conftest import small_config
 from tests.jobs.test_build_jobs import DOMAIN, ROOT, days_flags
@@ -294,6 +294,24 @@ def test_tokens_of_another_version_of_the_line_or_of_other_weights_are_stale(
     assert "0 of 6 days to write" in fill(shop, lake, version=f"f@{day(LEARNED)}")
     fill(shop, lake, version=newer)
     assert {*content(lake)[0]["compressor_version"].to_pylist()} == {newer}
+
+
+def test_tokens_that_were_not_summed_up_are_found_by_the_next_run(
+    shop: str, lake: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(shop, lake)
+    for place in (lake, written):
+        build(place, load(shop), span(3), seed=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(token_steps, "sum_up", lambda work, days: RetryableError("a full disk"))
+        assert iat("backfill", shop, lake, *of_tokens())[0] == 3
+    calendar = iat("status", shop, lake)[1]
+    assert "\ntokens of f: 6 of 6 days right\n" in calendar
+    assert "\nitem tokens of f: 5 of 6 days right, 1 instance_tokens/shop rewritten\n" in calendar
+    said = fill(shop, lake)
+    assert "3 of 6 days to write, 2 steps" in said
+    write_tokens.main(write_tokens.Args(domain=shop, lake=written, version="f", device="cpu"))
+    assert content(lake) == content(written)
 
 
 class Killed(BaseException):
