@@ -18,7 +18,7 @@ from compressor.configs import SourceConfig, TrainingConfig
 from compressor.nn.embedding import Vocabulary
 from compressor.training import checkpoint
 from compressor.walk import Trainer
-from pipelines import delta, tables
+from pipelines import delta, lines, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError
@@ -116,25 +116,12 @@ def save(
     return place
 
 
-def find(lake: str, name: str) -> dict[str, Any]:
-    """The newest row of the version or, given a line, of the line's newest version."""
-    rows = delta.read(lake, tables.compressor_versions()).to_pylist()
-    matching = [r for r in rows if name in (r["compressor_version"], r["compressor_line"])]
-    if not matching:
-        known = sorted({r["compressor_version"] for r in rows})
-        raise InputError(
-            f"no compressor version or line called {name!r}; the lake has: "
-            f"{', '.join(known) or 'none'}"
-        )
-    return max(matching, key=lambda r: (r["end"], r["compressor_version"]))
-
-
 def load(
     lake: str, name: str, domain: Domain, device: str, *, newer: Vocabulary | None = None
 ) -> tuple[Trainer, Vocabulary, Version]:
     """A version ready to predict, write tokens or train on; `newer` adds rows for ids that the
     version never saw."""
-    row = find(lake, name)
+    row = lines.find(lake, name)
     if row["domain"] != domain.name:
         raise InputError(
             f"version {row['compressor_version']} compresses domain {row['domain']!r}, not "

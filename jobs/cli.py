@@ -105,9 +105,10 @@ JSON_KEYS: Mapping[str, str] = {
     "instances, sampled, empty_days, version, changed_days",
     "build-streams": "domain, days, input_versions, rows (by table)",
     "build-samples": "domain, days, input_versions, rows, sampled",
-    "status": "domain, days, tables (by group: right, again (reason by day)), quarantined (by day)",
-    "backfill": "domain, days, steps (days, why), without_instances, estimate (rows, bytes, "
-    "seconds), failed (by days)",
+    "status": "domain, days, tables (by group and line: right, again (reason by day)), quarantined "
+    "(by day)",
+    "backfill": "domain, days, steps (days, why), without_instances, without_streams, "
+    "estimate (rows, bytes, seconds), failed (by days)",
     "check": "domain, days, tables (versions), limits, passed, failed, warnings, findings (table, "
     "day, line, level, rule, says, count, rows (some of them))",
     "lineage": "table, day, roots (table, version), commits (table, version, days, job, run, code, "

@@ -82,12 +82,15 @@ def asked(
     return Days(start or days[0], end or max(days) + timedelta(days=1))
 
 
-def mean_day(lake: str, table: Table) -> Size | None:
-    """Mean rows and bytes of the days of a table that have any; None without one."""
+def mean_day(lake: str, table: Table, line: str = "") -> Size | None:
+    """Mean rows and bytes of the days of a table (of a compressor line, or if it has none of any)
+    that have any; None without one."""
     if not delta.exists(lake, table):
         return None
     actions = pa.table(delta.open_table(lake, table).get_add_actions(flatten=True)).to_pylist()
-    num_days = len({action["partition.event_date"] for action in actions})
+    actions = [a for a in actions if a.get("partition.compressor_line") == line] or actions
+    keys = [f"partition.{column}" for column in table.partition_by]
+    num_days = len({tuple(action[key] for key in keys) for action in actions})
     if not num_days:
         return None
     rows, size = (sum(a[key] for a in actions) for key in ("num_records", "size_bytes"))

@@ -10,9 +10,10 @@ from datetime import date
 from itertools import groupby
 from typing import Any
 
-from jobs.day_states import States, asked, states_of
+from jobs.day_states import asked, states_of
 from jobs.future import latest_of, without_future
-from pipelines import delta, raw_files, tables
+from jobs.token_states import Reasons, token_states
+from pipelines import delta, lines, raw_files, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -23,11 +24,12 @@ RIGHT_SIGN, MISSING_SIGN, STALE_SIGN, OUTSIDE = "#", ".", "~", " "
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Show which days of a domain's tables are right, missing or stale, month by month.
+    """Show which days of a domain's tables, and of the tokens of each of its compressor lines, are
+    right, missing or stale, month by month.
 
     A day is stale when the domain file, the toolkit's version, or what it was made of (instances,
     or the raw log as the last build or backfill saw it) have changed since it was written. Known
-    from the tables' logs: no data is read.
+    from the tables' logs: no data is read. A streaming line begins at its first day.
     """
 
     domain: str
@@ -45,9 +47,13 @@ def main(args: Args) -> dict[str, Any]:
     raw = raw_files.known(args.lake, domain)
     marks = raw.marks(latest_of(without_future(domain))) if raw else None
     days = asked(args.lake, domain, args.start, args.end, marks)
-    states = states_of(args.lake, domain, days, marks)
+    built = states_of(args.lake, domain, days, marks)
+    shown: dict[str, Reasons] = {group: built[group] for group in built}
+    of_lines = token_states(args.lake, domain, lines.newest(args.lake, domain.name), days)
+    for line, found in of_lines.items():
+        shown |= {f"tokens of {line}": found.tokens, f"item tokens of {line}": found.items}
     quarantined = quarantined_shares(args.lake, domain, days)
-    sys.stdout.write(as_text(domain.name, days, states, quarantined))
+    sys.stdout.write(as_text(domain.name, days, shown, quarantined))
     return {
         "domain": domain.name,
         "days": str(days),
@@ -56,7 +62,7 @@ def main(args: Args) -> dict[str, Any]:
                 "right": sum(reason is None for reason in found.values()),
                 "again": {str(day): reason for day, reason in found.items() if reason},
             }
-            for group, found in states.items()
+            for group, found in shown.items()
         },
         "quarantined": {str(day): share for day, share in quarantined.items()},
     }
@@ -72,26 +78,28 @@ def quarantined_shares(lake: str, domain: Domain, days: Days) -> dict[date, floa
     return {day: n / (n + kept[day]) for day, n in rejected.items() if kept.get(day)}
 
 
-def as_text(name: str, days: Days, states: States, quarantined: Mapping[date, float]) -> str:
+def as_text(
+    name: str, days: Days, states: Mapping[str, Reasons], quarantined: Mapping[date, float]
+) -> str:
     """One line a group and month; months that are alike all through are one line."""
-    lines = [f"{name}, {days}: # right, {MISSING_SIGN} missing, {STALE_SIGN} stale"]
+    told = [f"{name}, {days}: # right, {MISSING_SIGN} missing, {STALE_SIGN} stale"]
     for group, found in states.items():
         reasons = Counter(reason for reason in found.values() if reason)
-        told = "".join(f", {count} {reason}" for reason, count in reasons.most_common())
-        lines.append(f"{group}: {len(days) - reasons.total()} of {len(days)} days right{told}")
+        more = "".join(f", {count} {reason}" for reason, count in reasons.most_common())
+        told.append(f"{group}: {len(found) - reasons.total()} of {len(found)} days right{more}")
         months = [(month, _signs(list(of))) for month, of in groupby(found.items(), _month)]
         for is_right, run in groupby(months, lambda m: set(m[1]) <= {RIGHT_SIGN, OUTSIDE}):
             part = list(run)
             if not is_right:
-                lines += [f"  {month}  {signs.rstrip()}" for month, signs in part]
+                told += [f"  {month}  {signs.rstrip()}" for month, signs in part]
             elif len(part) > 1:
-                lines.append(f"  {part[0][0]} to {part[-1][0]}  all right")
+                told.append(f"  {part[0][0]} to {part[-1][0]}  all right")
             else:
-                lines.append(f"  {part[0][0]}  all right")
+                told.append(f"  {part[0][0]}  all right")
     if quarantined:
         day, share = max(quarantined.items(), key=lambda item: item[1])
-        lines.append(f"quarantined: {len(quarantined)} days have some, most {day}: {share:.2%}")
-    return "\n".join(lines) + "\n"
+        told.append(f"quarantined: {len(quarantined)} days have some, most {day}: {share:.2%}")
+    return "\n".join(told) + "\n"
 
 
 def _month(item: tuple[date, str | None]) -> str:

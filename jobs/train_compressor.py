@@ -26,7 +26,7 @@ from compressor.versions import Version
 from compressor.walk import DayResult, Trainer, fit, walk, window_start
 from jobs import ledger, progress
 from jobs.repeated import as_args, repeated
-from pipelines import delta, forgotten, manifests, tables
+from pipelines import delta, forgotten, lines, manifests, tables
 from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -134,7 +134,7 @@ def train(
     parent = _parent(args)
     order = parent["order"] if parent else args.order
     line = args.line or (parent["compressor_line"] if parent else order)
-    stream = tables.user_order(domain) if order == "user" else tables.temporal_order(domain)
+    stream = tables.stream(domain, order)
     start = args.start or (parent["end"] if parent else None)
     if held is None:
         days, version = delta.days_of(args.lake, stream, start, args.end)
@@ -193,7 +193,7 @@ def train(
     if done == days.end:
         log.info("%s is written up to %s: nothing is left to do", line, days.end)
         name = _day_version(line, done)
-        return {**summary, "version": name, **json.loads(versions.find(args.lake, name)["metrics"])}
+        return {**summary, "version": name, **json.loads(lines.find(args.lake, name)["metrics"])}
     writer = TokenWriter(args.lake, domain, line, data, planned.config.bottleneck, commit)
     left = Days(done, days.end)
     summary |= _streaming(trainer, data, left, args, writer, planned, save)
@@ -236,7 +236,7 @@ def _parent(args: Args) -> dict[str, Any] | None:
     """The row of the version to go on from."""
     if not args.parent:
         return None
-    row = versions.find(args.lake, args.parent)
+    row = lines.find(args.lake, args.parent)
     if args.protocol == "frozen" or row["protocol"] == "frozen":
         raise InputError(
             f"--parent {args.parent}: a frozen line is a line of one version; only a streaming "

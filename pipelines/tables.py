@@ -103,6 +103,11 @@ def user_order(domain: Domain) -> Table:
     return _daily(f"user_order/{domain.name}", columns, key=("instance_id",), sort_by=USER_MAJOR)
 
 
+def stream(domain: Domain, order: str) -> Table:
+    """The stream that a compressor of an order (user or temporal) reads."""
+    return user_order(domain) if order == "user" else temporal_order(domain)
+
+
 def histories(domain: Domain) -> Table:
     """Keys and side information of real events (never sampled negatives), user-major within the
     day.

@@ -9,8 +9,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SPARK_JOBS = ("build_instances", "build_streams", "build_samples")
-GPU_JOBS = ("train_compressor", "write_tokens", "train_ranker", "evaluate", "fetch")
+SPARK_JOBS = (
+    "build_instances",
+    "build_streams",
+    "build_samples",
+    "backfill",
+    "status",
+    "token_steps",
+)
+GPU_JOBS = (
+    "train_compressor",
+    "write_tokens",
+    "train_ranker",
+    "evaluate",
+    "fetch",
+    "status",
+    "token_steps",
+)
 LOADED = """
 import importlib, sys
 for name in sys.argv[2:]:

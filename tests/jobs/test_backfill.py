@@ -19,14 +19,15 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import backfill
-from jobs.backfill import Step, plan
+from jobs import backfill, train_compressor, write_tokens
+from jobs.backfill_plan import Step, plan
 from jobs.cli import run
 from jobs.day_states import GROUPS, Group, States
 from pipelines import delta, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.written import MISSING, Expected, Written, why_again
+from tests.compressor.conftest import small_config
 from tests.jobs.test_build_jobs import (
     FIRST,
     LOG,
@@ -201,7 +202,7 @@ def test_a_day_that_fails_keeps_no_other_from_being_written(
 ) -> None:
     bad = [row(None, "1", us(LAST, n)) for n in range(30)]
     other = Shop(tmp_path / "other").write([*clicks(), *bad])
-    flags = (*days_flags(LOG), "--groups", "instances")
+    flags = (*days_flags(LOG), "--tables", "instances")
     said = iat("backfill", other, tmp_path / "lake", *flags)
     assert said.code == 1
     assert f"1 of 4 steps failed, the first {one(LAST)}" in said.err
@@ -251,6 +252,37 @@ def test_a_lake_without_the_domain_is_refused(shop: Shop, tmp_path: Path) -> Non
     assert code == 2
     assert "give --start and --end, or build it first" in said
     assert iat("backfill", shop, tmp_path, "--workers", 0).code == 2
+
+
+@pytest.mark.slow
+def test_one_plan_writes_a_day_and_then_its_tokens(
+    spark: SparkSession, lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens in a process of their own, as whoever runs it gets them."""
+    other = Shop(tmp_path / "other").write([*clicks(), row("late", "7", us(SECOND, 99))])
+    monkeypatch.setattr(train_compressor, "SourceConfig", lambda order: small_config(order=order))
+    given: dict[str, Any] = {"domain": other.file, "lake": lake, "device": "cpu"}
+    train_compressor.main(
+        train_compressor.Args(**given, protocol="frozen", line="f", end=EMPTY, epochs=1)
+    )
+    write_tokens.main(write_tokens.Args(**given, version="f"))
+    made = [make("shop") for make in (tables.instance_tokens, tables.item_tokens)]
+    before = [delta.read(lake, table, one(SECOND)) for table in made]
+    said = done("backfill", other, lake, "--compressor-version", "f", "--device", "cpu")
+    assert (
+        "3 of 4 days to write, 4 steps\n"
+        f"  {SECOND}: instances (raw log changed), streams (instances rewritten), "
+        "samples (instances rewritten)\n"
+        f"  {SECOND}: tokens (streams rewritten)\n"
+        f"  {SECOND}: item tokens (tokens rewritten)\n"
+        f"  {EMPTY} to {LAST}: item tokens (earlier days rewritten)\n"
+    ) in said.out
+    assert "4 of 4 steps done" in said.out
+    found = [delta.read(lake, table) for table in made]
+    assert len(delta.read(lake, made[0], one(SECOND))) == len(before[0]) + 1
+    assert "item tokens of f: 4 of 4 days right" in status(other, lake)[1]
+    write_tokens.main(write_tokens.Args(**given, version="f"))
+    assert [delta.read(lake, table) for table in made] == found
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def planned(shop: Shop, lake: object, *flags: object) -> list[str]:
     return [line.strip() for line in said if "instances (" in line]
 
 
-ALONE = ("--groups", "instances")
+ALONE = ("--tables", "instances")
 CHANGED = "instances (raw log changed)"
 
 
