@@ -45,7 +45,7 @@ from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.sources import synthetic
-from pipelines.sources.synthetic_world import DAYS, World
+from pipelines.sources.synthetic_world import World
 from pipelines.tables import Table
 
 FIRST = synthetic.FIRST_DAY
@@ -161,7 +161,9 @@ def by_table(stages: Sequence[Stage], names: Sequence[str], num_rows: int) -> di
     its `num_rows`; what follows the last is the last's too."""
     ends = [at for at, stage in enumerate(stages) if stage.rows_written == num_rows]
     if len(ends) != len(names):
-        raise ValueError(f"{len(ends)} stages wrote {num_rows} rows; needed one for each of {names}")
+        raise ValueError(
+            f"{len(ends)} stages wrote {num_rows} rows; needed one for each of {names}"
+        )
     bounds = [0, *(end + 1 for end in ends[:-1]), len(stages)]
     return {
         name: Stage(*map(sum, zip(*stages[begin:end], strict=True)))
@@ -333,7 +335,9 @@ def build_index(root: Path, num_instances: int, memory: str) -> Costs:
         before = peak[0]
         index = UserIndex.build(lake, domain, folder, days=None, lines=[LINE])
     num_users = len(index.arrays["user_ids"])
-    files = [f for f in folder.rglob("*.npy") if f.stem not in (*ITEM_ARRAYS, "user_ids", "offsets")]
+    files = [
+        f for f in folder.rglob("*.npy") if f.stem not in (*ITEM_ARRAYS, "user_ids", "offsets")
+    ]
     return {
         "index, bytes of an event": (sum(f.stat().st_size for f in files) / num_instances, "bytes"),
         "index, bytes of a user": (
@@ -366,7 +370,9 @@ def log_costs(root: Path, num_files: int, num_commits: int) -> Costs:
     def opened_in(lake: str) -> DeltaTable:
         place = delta.uri(lake, table)
         partition, settings = ["event_date"], delta.OF_EVENTS
-        return DeltaTable.create(place, table.schema, partition_by=partition, configuration=settings)
+        return DeltaTable.create(
+            place, table.schema, partition_by=partition, configuration=settings
+        )
 
     many_files, many_commits = (str(root / name) for name in ("files", "commits"))
     opened_in(many_files).create_write_transaction(added, "append", table.schema, ["event_date"])
