@@ -37,7 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable
-from deltalake.transaction import AddAction
+from deltalake.transaction import AddAction, RemoveAction
 
 from jobs import ledger
 from pipelines import delta, raw_files, tables
@@ -221,7 +221,8 @@ def build_tables(root: Path, num_instances: int, times: int, memory: str) -> Cos
     found["log, bytes"] = (log_bytes / num_instances, "bytes")
     domain, lake = load_domain(str(root / "sizing.toml")), str(root / "lake")
     spark = session(f"local[{NUM_DAYS}]", memory=memory)
-    java = int(spark.sparkContext._jvm.java.lang.ProcessHandle.current().pid())
+    jvm: Any = spark.sparkContext._jvm
+    java = int(jvm.java.lang.ProcessHandle.current().pid())
     same: dict[str, Any] = {"domain": str(root / "sizing.toml"), "lake": lake}
     work: dict[tuple[str, ...], Callable[[], Any]] = {
         BUILT[:1]: lambda: build_instances.main(build_instances.Args(**same)),
@@ -230,12 +231,12 @@ def build_tables(root: Path, num_instances: int, times: int, memory: str) -> Cos
     }
     _, newest = stages_since(spark, -1)
     for names, do in work.items():
-        with peak_memory(os.getpid()) as python, peak_memory(java) as jvm, timed() as took:
+        with peak_memory(os.getpid()) as python, peak_memory(java) as held, timed() as took:
             before = python[0]
             do()
         job = names[0] if len(names) == 1 else "streams"
         found[f"{job} job, s a million"] = (took[0] / num_instances * 1e6, "s")
-        found[f"{job} job, memory of Java"] = (jvm[0], "bytes at most")
+        found[f"{job} job, memory of Java"] = (held[0], "bytes at most")
         found[f"{job} job, memory of Python"] = ((python[0] - before) / num_instances, "bytes")
         stages, newest = stages_since(spark, newest)
         for name, stage in by_table(stages, names, num_instances).items():
@@ -359,7 +360,7 @@ def log_costs(root: Path, num_files: int, num_commits: int) -> Costs:
     domain = load_domain(str(root / "sizing.toml"))
     table, draw = tables.instances(domain), np.random.default_rng(0)
     day, stats = str(FIRST), '{"numRecords":8000000}'
-    added = [
+    added: list[AddAction | RemoveAction] = [
         AddAction(
             f"event_date={day}/part-{n:05d}-{draw.bytes(16).hex()}.c000.zstd.parquet",
             10**9, {"event_date": day}, 1_767_225_600_000, True, stats,

@@ -197,12 +197,6 @@ STOPS = (
         "pass files_per_day: user-major tables are then split by user, as they must be",
     ),
     Stop(
-        "the flag is_sampled of the days' samples, sorted, in the driver's Python",
-        "`jobs/build_samples.py`",
-        lambda m, p: m.cost("ranker_samples job, memory of Python") * p.instances, 64e9, "bytes",
-        "count in the scan",
-    ),
-    Stop(
         "a day of the stream in one process (training; with --window W, W + 1 days)",
         "`jobs/train_compressor.py`",
         lambda m, p: m.cost("training, memory a row") * p.instances, MACHINE, "bytes",
@@ -286,7 +280,6 @@ OTHERS = {
     "walk with training, s a million": "`train-compressor`, which walks, trains and writes",
     "instances job, memory of Java": "Spark's memory, `build-instances`",
     "streams job, memory of Java": "`build-streams`",
-    "ranker_samples job, memory of Python": "driver's Python in `build-samples`, an instance",
     "training, memory a row": "memory of `train-compressor`, an instance read",
     "tokens, memory a row": "memory of `write-tokens`, an instance read",
     "index, s a million": "index build",
