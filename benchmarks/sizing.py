@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import json
-import logging
 import os
 import re
 import sys
@@ -271,12 +270,12 @@ def stored(lake: str, table: Table, domain: Domain, num_instances: int) -> Costs
         each = columns.count(kind) or 1
         unit = f"bytes, each of {each}" if each > 1 else "bytes, all"
         found[f"{name}, bytes of a {kind}"] = (size / num_instances / each, unit)
-    return found | {f"{name}, {k}": (v, "bytes") for k, v in log_of(Path(opened.table_uri)).items()}
+    return found | {f"{name}, {k}": (v, "bytes") for k, v in log_of(opened.table_uri).items()}
 
 
-def log_of(folder: str | Path) -> dict[str, float]:
+def log_of(folder: str) -> dict[str, float]:
     """Bytes that the last commit's JSON spends on each file it adds, and on all else."""
-    place = Path(str(folder).removeprefix("file://"), "_delta_log")
+    place = Path(folder.removeprefix("file://"), "_delta_log")
     lines = max(place.glob("*.json")).read_text().splitlines()
     adds = [len(line) + 1 for line in lines if line.startswith('{"add"')]
     rest = sum(len(line) + 1 for line in lines) - sum(adds)
@@ -284,7 +283,7 @@ def log_of(folder: str | Path) -> dict[str, float]:
 
 
 def write_tokens(root: Path, num_instances: int, memory: str) -> Costs:
-    """Tokens of every day by an untrained compressor; a trained walk where that is quick."""
+    """Tokens of every day by an untrained compressor; a trained walk of the first where that is quick."""
     import torch
 
     from compressor.configs import SourceConfig
@@ -319,8 +318,8 @@ def write_tokens(root: Path, num_instances: int, memory: str) -> Costs:
     found["item_tokens, bytes of an item and day"] = (size / rows, "bytes")
     if num_instances <= MOST_TRAINED:
         with timed() as took:
-            train_compressor.main(train_compressor.Args(**same, line="trained"))
-        found["walk with training, s a million"] = (took[0] / num_instances * 1e6, "s")
+            train_compressor.main(train_compressor.Args(**same, line="trained", end=end))
+        found["walk with training, s a million"] = (took[0] / a_day * 1e6, "s")
     return found
 
 
@@ -498,7 +497,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.instances < 100_000:
         parser.error("--instances must be at least 100000: a hundredth of them is measured too")
-    logging.disable(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         rows = run(args.instances, args.memory, Path(folder))
