@@ -277,7 +277,7 @@ OTHERS = {
     "streams job, s a million": "`build-streams`",
     "ranker_samples job, s a million": "`build-samples`",
     "tokens, s a million": "`write-tokens`",
-    "walk with training, s a million": "`train-compressor`: a line's first day, predicted, trained on, written",
+    "walk with training, s a million": "`train-compressor`, a line's first day",
     "instances job, memory of Java": "Spark's memory, `build-instances`",
     "streams job, memory of Java": "`build-streams`",
     "training, memory a row": "memory of `train-compressor`, an instance read",
