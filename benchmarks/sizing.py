@@ -283,7 +283,7 @@ def log_of(folder: str) -> dict[str, float]:
 
 
 def write_tokens(root: Path, num_instances: int, memory: str) -> Costs:
-    """Tokens of every day by an untrained compressor; the first walked and trained on where that is quick."""
+    """Tokens of every day by an untrained compressor; the first trained on, where that is quick."""
     import torch
 
     from compressor.configs import SourceConfig

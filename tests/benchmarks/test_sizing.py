@@ -17,7 +17,7 @@ from pipelines.domain import load
 
 def _rows(name: str, values: dict[tuple[int, int], float]) -> list[dict[str, Any]]:
     return [
-        {"name": name, "instances": n, "features": f, "value": value, "machine": {"cores": 2}}
+        {"name": name, "instances": n, "features": f, "value": value}
         for (n, f), value in values.items()
     ]
 
