@@ -24,6 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
 from importlib import resources
@@ -146,7 +147,7 @@ def stages_since(spark: Any, stage_id: int) -> tuple[list[Stage], int]:
     stages = [
         Stage(
             int(stage.outputRecords()),
-            stage.executorRunTime() / 1e3,
+            stage.executorCpuTime() / 1e9,
             stage.shuffleWriteBytes(),
             stage.diskBytesSpilled(),
         )
@@ -170,40 +171,54 @@ def by_table(stages: Sequence[Stage], names: Sequence[str], num_rows: int) -> di
     }
 
 
-@contextmanager
-def peak_memory(*pids: int) -> Iterator[list[int]]:
-    """Its one item is the most anonymous memory, in bytes, that processes hold within it, as seen
-    20 times a second: what no page cache can give back."""
-    peak, over = [0], threading.Event()
+@dataclass
+class Used:
+    """What some processes used while a block ran."""
 
-    def look() -> None:
-        held = 0
-        for pid in pids:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-            held += sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon"))
-        peak[0] = max(peak[0], held)
+    wall_s: float = 0.0
+    core_s: float = 0.0
+    """Of all their threads: what others do on the machine meanwhile is not in it."""
+    memory: int = 0
+    """Bytes, the most of their anonymous memory (what no page cache can give back), as seen 20
+    times a second."""
+    memory_before: int = 0
+
+    @property
+    def more_memory(self) -> int:
+        return self.memory - self.memory_before
+
+
+@contextmanager
+def used(*pids: int) -> Iterator[Used]:
+    """Measures the block, which prints nothing; without pids: this process."""
+    pids = pids or (os.getpid(),)
+    found, over = Used(memory_before=_memory(pids)), threading.Event()
 
     def watch() -> None:
         while not over.wait(0.05):
-            look()
+            found.memory = max(found.memory, _memory(pids))
 
-    look()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    started, core_s = time.perf_counter(), _core_s(pids)
     try:
-        yield peak
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield found
     finally:
         over.set()
         watcher.join()
+    found.memory = max(found.memory, found.memory_before, _memory(pids))
+    found.wall_s, found.core_s = time.perf_counter() - started, _core_s(pids) - core_s
 
 
-@contextmanager
-def timed() -> Iterator[list[float]]:
-    """Its one item is the seconds that the block took."""
-    took, started = [0.0], time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield took
-    took[0] = time.perf_counter() - started
+def _memory(pids: Sequence[int]) -> int:
+    lines = [x for pid in pids for x in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon"))
+
+
+def _core_s(pids: Sequence[int]) -> float:
+    ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(t[11]) + int(t[12]) for t in ticks) / os.sysconf("SC_CLK_TCK")
 
 
 def build_tables(root: Path, num_instances: int, times: int, memory: str) -> Costs:
@@ -213,9 +228,8 @@ def build_tables(root: Path, num_instances: int, times: int, memory: str) -> Cos
 
     root.mkdir()
     (root / "sizing.toml").write_text(domain_file(times))
-    with timed() as took:
-        write_log(root / "log", num_instances, times)
-    found: Costs = {"log, s a million": (took[0] / num_instances * 1e6, "s")}
+    write_log(root / "log", num_instances, times)
+    found: Costs = {}
     log_bytes = sum(file.stat().st_size for file in (root / "log").iterdir())
     found["log, bytes"] = (log_bytes / num_instances, "bytes")
     domain, lake = load_domain(str(root / "sizing.toml")), str(root / "lake")
@@ -230,16 +244,20 @@ def build_tables(root: Path, num_instances: int, times: int, memory: str) -> Cos
     }
     _, newest = stages_since(spark, -1)
     for names, do in work.items():
-        with peak_memory(os.getpid()) as python, peak_memory(java) as held, timed() as took:
-            before = python[0]
+        with used() as python, used(java) as held:
             do()
         job = names[0] if len(names) == 1 else "streams"
-        found[f"{job} job, s a million"] = (took[0] / num_instances * 1e6, "s")
-        found[f"{job} job, memory of Java"] = (held[0], "bytes at most")
-        found[f"{job} job, memory of Python"] = ((python[0] - before) / num_instances, "bytes")
+        core_s = python.core_s + held.core_s
+        found[f"{job} job, wall s a million"] = (held.wall_s / num_instances * 1e6, "s")
+        found[f"{job} job, core s a million"] = (core_s / num_instances * 1e6, "s")
+        found[f"{job} job, memory of Java"] = (held.memory, "bytes at most")
+        found[f"{job} job, memory of Python"] = (python.more_memory / num_instances, "bytes")
         stages, newest = stages_since(spark, newest)
+        of_tasks = sum(stage.core_s for stage in stages)
         for name, stage in by_table(stages, names, num_instances).items():
-            found[f"{name}, core s a million"] = (stage.core_s / num_instances * 1e6, "s")
+            # Collecting garbage, planning and the driver are shared out by the tasks' time.
+            share = stage.core_s / of_tasks
+            found[f"{name}, core s a million"] = (share * core_s / num_instances * 1e6, "s")
             found[f"{name}, shuffled"] = (stage.shuffle_bytes / num_instances, "bytes")
             found[f"{name}, spilled"] = (stage.spilled_bytes / num_instances, "bytes")
     for name in BUILT:
@@ -295,31 +313,30 @@ def write_tokens(root: Path, num_instances: int, memory: str) -> Costs:
     same: dict[str, Any] = {"domain": str(root / "sizing.toml"), "lake": lake, "device": "cpu"}
     end, a_day = FIRST + timedelta(days=1), num_instances / NUM_DAYS
     found: Costs = {}
-    with peak_memory(os.getpid()) as peak, timed():
-        before = peak[0]
+    with used() as training:
         train_compressor.main(
             train_compressor.Args(
                 **same, protocol="frozen", untrained=True, line=LINE, start=FIRST, end=end
             )
         )
-    found["training, memory a row"] = ((peak[0] - before) / a_day, "bytes")
+    found["training, memory a row"] = (training.more_memory / a_day, "bytes")
     weights = sum(f.stat().st_size for f in Path(lake, "artifacts").rglob("*") if f.is_file())
     found["weights, bytes"] = (weights, "bytes in all")
-    with peak_memory(os.getpid()) as peak, timed() as took:
-        before = peak[0]
+    with used() as writing:
         for day in Days(FIRST, FIRST + timedelta(days=NUM_DAYS)):
             job.main(job.Args(**same, version=LINE, start=day, end=day + timedelta(days=1)))
-    found["tokens, s a million"] = (took[0] / num_instances * 1e6, "s")
-    found["tokens, memory a row"] = ((peak[0] - before) / a_day, "bytes")
+    found["tokens, wall s a million"] = (writing.wall_s / num_instances * 1e6, "s")
+    found["tokens, core s a million"] = (writing.core_s / num_instances * 1e6, "s")
+    found["tokens, memory a row"] = (writing.more_memory / a_day, "bytes")
     found["tokens, width"] = (SourceConfig().bottleneck, "numbers")
     found |= stored(lake, tables.instance_tokens(domain.name), domain, num_instances)
     items = pa.table(delta.open_table(lake, tables.item_tokens(domain.name)).get_add_actions())
     size, rows = (pc.sum(items[c]).as_py() for c in ("size_bytes", "num_records"))
     found["item_tokens, bytes of an item and day"] = (size / rows, "bytes")
     if num_instances <= MOST_TRAINED:
-        with timed() as took:
+        with used() as walking:
             train_compressor.main(train_compressor.Args(**same, line="trained", end=end))
-        found["walk with training, s a million"] = (took[0] / a_day * 1e6, "s")
+        found["walk with training, core s a million"] = (walking.core_s / a_day * 1e6, "s")
     return found
 
 
@@ -331,8 +348,7 @@ def build_index(root: Path, num_instances: int, memory: str) -> Costs:
 
     domain, lake = load_domain(str(root / "sizing.toml")), str(root / "lake")
     folder = root / "index"
-    with peak_memory(os.getpid()) as peak, timed() as took:
-        before = peak[0]
+    with used() as building:
         index = UserIndex.build(lake, domain, folder, days=None, lines=[LINE])
     num_users = len(index.arrays["user_ids"])
     files = [
@@ -345,9 +361,10 @@ def build_index(root: Path, num_instances: int, memory: str) -> Costs:
             "bytes",
         ),
         "index, events of a user": (num_instances / num_users, "events"),
-        "index, s a million": (took[0] / num_instances * 1e6, "s"),
+        "index, wall s a million": (building.wall_s / num_instances * 1e6, "s"),
+        "index, core s a million": (building.core_s / num_instances * 1e6, "s"),
         "index, memory a row at once": (
-            (peak[0] - before) / min(num_instances, ROWS_AT_ONCE), "bytes",
+            building.more_memory / min(num_instances, ROWS_AT_ONCE), "bytes",
         ),
     }  # fmt: skip
 
@@ -379,14 +396,13 @@ def log_costs(root: Path, num_files: int, num_commits: int) -> Costs:
     delta.open_table(many_files, table).create_checkpoint()
     log = Path(delta.uri(many_files, table), "_delta_log")
     checkpoint = sum(f.stat().st_size for f in log.glob("*.parquet"))
-    with peak_memory(os.getpid()) as peak, timed() as took:
-        before = peak[0]
+    with used() as opening:
         num_rows = delta.num_rows(many_files, table, Days(FIRST, FIRST + timedelta(days=1)))
     assert sum(num_rows.values()) == 8_000_000 * num_files
     found: Costs = {
         "checkpoint, bytes of a file": (checkpoint / num_files, "bytes"),
-        "open table, s a million files": (took[0] / num_files * 1e6, "s"),
-        "open table, memory of a file": ((peak[0] - before) / num_files, "bytes"),
+        "open table, s a million files": (opening.core_s / num_files * 1e6, "s"),
+        "open table, memory of a file": (opening.more_memory / num_files, "bytes"),
     }
     said = {"start": day, "end": str(FIRST + timedelta(days=1)), "features": "f" * 700}
     commit = CommitProperties(custom_metadata={"iat": json.dumps(said)})
@@ -395,10 +411,10 @@ def log_costs(root: Path, num_files: int, num_commits: int) -> Costs:
         opened.create_write_transaction(
             [one], "append", table.schema, ["event_date"], commit_properties=commit
         )
-    with timed() as took:
+    with used() as reading:
         num = sum(1 for _ in delta.commits(delta.open_table(many_commits, table)))
     assert num == num_commits
-    found["read commits, s a million"] = (took[0] / num_commits * 1e6, "s")
+    found["read commits, s a million"] = (reading.core_s / num_commits * 1e6, "s")
     return found | raw_file_costs(str(root), domain, num_files)
 
 
@@ -415,12 +431,11 @@ def raw_file_costs(lake: str, domain: Domain, num_files: int) -> Costs:
         }
         for n in range(num_files)
     ]
-    with timed() as took:
+    with used() as writing:
         known = pa.Table.from_pylist(rows, table.schema)
         delta.replace(lake, table, known, None, commit={"job": "sizing"})
-    write_s, size = took[0], pa.table(delta.open_table(lake, table).get_add_actions())
-    with peak_memory(os.getpid()) as peak, timed() as took:
-        before = peak[0]
+    size = pa.table(delta.open_table(lake, table).get_add_actions())
+    with used() as reading:
         held = raw_files.known(lake, domain)
         assert held is not None
         listed = held.rows.to_pylist()
@@ -429,9 +444,11 @@ def raw_file_costs(lake: str, domain: Domain, num_files: int) -> Costs:
         assert len(listed) == num_files
     return {
         "raw_files, bytes of a file": (pc.sum(size["size_bytes"]).as_py() / num_files, "bytes"),
-        "raw_files, s a million files": ((write_s + took[0]) / num_files * 1e6, "s"),
-        "raw_files, memory of a file": ((peak[0] - before) / num_files, "bytes"),
-    }
+        "raw_files, s a million files": (
+            (writing.core_s + reading.core_s) / num_files * 1e6, "s",
+        ),
+        "raw_files, memory of a file": (reading.more_memory / num_files, "bytes"),
+    }  # fmt: skip
 
 
 def apart(work: Callable[..., Costs], *args: Any) -> Costs:
@@ -483,7 +500,9 @@ def rows_of(
 
 
 def _told(what: str, costs: Costs) -> None:
-    took = ", ".join(f"{n} {v:.0f}" for n, (v, _) in costs.items() if n.endswith("s a million"))
+    took = ", ".join(
+        f"{n} {v:.0f}" for n, (v, _) in costs.items() if n.endswith("core s a million")
+    )
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {what}: {took}\n")
     sys.stderr.flush()
 

@@ -107,13 +107,8 @@ def core_s(m: Measured, plan: Plan, name: str) -> float:
 
 
 def token_core_s(m: Measured, plan: Plan) -> float:
-    """Seconds of one core to write a day's tokens; both cores were at work."""
-    return m.cost("tokens, s a million") * cores(m) * plan.instances / 1e6
-
-
-def cores(m: Measured) -> int:
-    """Of the machine measured."""
-    return int(m.rows[0]["machine"]["cores"])
+    """Seconds of one core to write a day's tokens."""
+    return m.cost("tokens, core s a million") * plan.instances / 1e6
 
 
 def index_events(plan: Plan) -> int:
@@ -254,9 +249,7 @@ def measured_tables(m: Measured) -> str:
         cells = [_plain(m.cost(n)) if n in here else "" for n in each]
         is_spark = name in TABLES
         rate = 1e6 / (
-            m.cost(f"{name}, core s a million")
-            if is_spark
-            else m.cost("tokens, s a million") * cores(m)
+            m.cost(f"{name}, core s a million") if is_spark else m.cost("tokens, core s a million")
         )
         moved = [m.cost(f"{name}, {x}") for x in ("shuffled", "spilled")] if is_spark else []
         lines.append(
@@ -273,16 +266,16 @@ def measured_tables(m: Measured) -> str:
 
 OTHERS = {
     "log, bytes": "raw log, an instance",
-    "instances job, s a million": "`build-instances`, both cores",
-    "streams job, s a million": "`build-streams`",
-    "ranker_samples job, s a million": "`build-samples`",
-    "tokens, s a million": "`write-tokens`",
-    "walk with training, s a million": "`train-compressor`, a line's first day",
+    "instances job, core s a million": "`build-instances`",
+    "streams job, core s a million": "`build-streams`",
+    "ranker_samples job, core s a million": "`build-samples`",
+    "tokens, core s a million": "`write-tokens`",
+    "walk with training, core s a million": "`train-compressor`, a line's first day",
     "instances job, memory of Java": "Spark's memory, `build-instances`",
     "streams job, memory of Java": "`build-streams`",
     "training, memory a row": "memory of `train-compressor`, an instance read",
     "tokens, memory a row": "memory of `write-tokens`, an instance read",
-    "index, s a million": "index build",
+    "index, core s a million": "index build",
     "index, bytes of an event": "index, an event with its token",
     "index, bytes of a user": "index, a user",
     "index, memory a row at once": "index build's memory, a row of the group that it sorts",
@@ -360,8 +353,8 @@ def a_lake(m: Measured, plans: Sequence[Plan] = PLANS) -> str:
     lines: dict[str, Callable[[Plan], str]] = {
         "events in the index (60 days)": lambda p: _count(index_events(p)),
         "index with one line's tokens": lambda p: _bytes(index_bytes(m, p)),
-        "index build, 2 cores": lambda p: _hours(
-            m.cost("index, s a million") * index_events(p) / 1e6
+        "index build, one core": lambda p: _hours(
+            m.cost("index, core s a million") * index_events(p) / 1e6
         ),
         "user buckets (NUM_BUCKETS)": lambda p: f"{buckets(p):,}",
         "memory of its build with so many": lambda p: _bytes(index_memory(m, p, buckets(p))),
