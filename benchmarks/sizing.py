@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
@@ -51,13 +52,14 @@ from pipelines.tables import Table
 FIRST = synthetic.FIRST_DAY
 NUM_DAYS = 2
 """As many as this machine has cores: each day is one task."""
+DAY_US = 86_400_000_000
 TIMES_WIDER = 4
 BAR = 1.2
 ROWS_PER_USER = 80
 """Fewer than any block of the world's users has in all its days."""
 MOST_TRAINED = 100_000
 LINE = "sizing"
-NUM_FILES, NUM_COMMITS = 100_000, 1_000
+NUM_FILES, NUM_COMMITS = 100_000, 300
 BUILT = ("instances", "temporal_order", "user_order", "histories", "ranker_samples")
 
 Costs = dict[str, tuple[float, str]]
@@ -107,10 +109,9 @@ def write_log(folder: Path, num_instances: int, times: int) -> None:
 
 
 def _folded(rows: pa.Table, num_users: int) -> pa.Table:
-    day_us = 86_400_000_000
     time_us = rows["event_time"].cast("int64").to_numpy()
-    day = time_us // day_us - (FIRST - date(1970, 1, 1)).days
-    moved = time_us - (day - day % NUM_DAYS) * day_us
+    day = time_us // DAY_US - (FIRST - date(1970, 1, 1)).days
+    moved = time_us - (day - day % NUM_DAYS) * DAY_US
     columns = {name: rows[name] for name in rows.column_names}
     columns["user_id"] = pa.array(rows["user_id"].to_numpy() + num_users * (day // NUM_DAYS))
     columns["event_time"] = pa.array(moved).cast(tables.UTC_TIME)
@@ -280,15 +281,18 @@ def stored(lake: str, table: Table, domain: Domain, num_instances: int) -> Costs
         groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
         for column in (group.column(n) for group in groups for n in range(group.num_columns)):
             top = column.path_in_schema.partition(".")[0]
-            sizes[kinds.get(top, "label" if top.startswith("label_") else "key")] += (
-                column.total_compressed_size
-            )
+            sizes[kinds.get(top, _kind(top))] += column.total_compressed_size
     columns = [kinds.get(column) for column in table.schema.names]
     for kind, size in sizes.items():
         each = columns.count(kind) or 1
         unit = f"bytes, each of {each}" if each > 1 else "bytes, all"
         found[f"{name}, bytes of a {kind}"] = (size / num_instances / each, unit)
     return found | {f"{name}, {k}": (v, "bytes") for k, v in log_of(opened.table_uri).items()}
+
+
+def _kind(column: str) -> str:
+    """Of a column that is no feature."""
+    return "label" if column.startswith("label_") else "token" if column == "token" else "key"
 
 
 def log_of(folder: str) -> dict[str, float]:
@@ -343,14 +347,19 @@ def write_tokens(root: Path, num_instances: int, memory: str) -> Costs:
 def build_index(root: Path, num_instances: int, memory: str) -> Costs:
     """The user index of all days, with tokens."""
     from downstream.index_arrays import ITEM_ARRAYS
-    from downstream.index_files import ROWS_AT_ONCE
+    from downstream.index_files import ROWS_AT_ONCE, Snapshot, Users
     from downstream.user_index import UserIndex
 
     domain, lake = load_domain(str(root / "sizing.toml")), str(root / "lake")
     folder = root / "index"
+    with used() as counting:
+        Users.read(Snapshot(lake).source(tables.histories(domain), ds.scalar(True)))
     with used() as building:
         index = UserIndex.build(lake, domain, folder, days=None, lines=[LINE])
     num_users = len(index.arrays["user_ids"])
+    user = np.repeat(np.arange(num_users), np.diff(index.arrays["offsets"]))
+    day = index.arrays["event_time_us"] // DAY_US
+    num_user_days = 1 + int(((np.diff(user) != 0) | (np.diff(day) != 0)).sum())
     files = [
         f for f in folder.rglob("*.npy") if f.stem not in (*ITEM_ARRAYS, "user_ids", "offsets")
     ]
@@ -360,6 +369,7 @@ def build_index(root: Path, num_instances: int, memory: str) -> Costs:
             sum((folder / f"{n}.npy").stat().st_size for n in ("user_ids", "offsets")) / num_users,
             "bytes",
         ),
+        "index, memory of a user and day": (counting.more_memory / num_user_days, "bytes"),
         "index, events of a user": (num_instances / num_users, "events"),
         "index, wall s a million": (building.wall_s / num_instances * 1e6, "s"),
         "index, core s a million": (building.core_s / num_instances * 1e6, "s"),
@@ -476,6 +486,8 @@ def run(num_instances: int, memory: str, root: Path) -> list[dict[str, Any]]:
     for (size, times), costs in found.items():
         smaller = found.get((size // 10, times), {})
         rows += rows_of(costs, smaller, size, times * num_features)
+    commits = {name: logs.pop(name) for name in list(logs) if "commits" in name}
+    rows += rows_of(commits, {}, NUM_COMMITS, num_features)
     return rows + rows_of(logs, {}, NUM_FILES, num_features)
 
 

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from compressor.configs import TrainingConfig
 from downstream.index_files import ROWS_AT_ONCE
 from jobs.spark import ROWS_PER_FILE
 from pipelines.tables import NUM_BUCKETS
@@ -27,6 +28,8 @@ TABLES = ("instances", "temporal_order", "user_order", "histories", "ranker_samp
 CHECKPOINT_COMMITS = 10
 """Delta's default: a checkpoint, which names every file of the table, after so many commits."""
 HOUR = 3600.0
+STEP_S = 0.046
+"""Of the compressor's training on an H100, as the README has it; no GPU is measured here."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Measured:
         return cls(json.loads(path.read_text()))
 
     @cached_property
-    def _values(self) -> dict[tuple[str, int, int], float]:
+    def values(self) -> dict[tuple[str, int, int], float]:
         return {(r["name"], r["instances"], r["features"]): r["value"] for r in self.rows}
 
     @cached_property
@@ -50,18 +53,36 @@ class Measured:
 
     def sizes(self, name: str) -> list[int]:
         """Instances that a cost was measured of, fewest first."""
-        return sorted({size for n, size, f in self._values if n == name and f == self.features})
+        return sorted({size for n, size, f in self.values if n == name and f == self.features})
 
     def cost(self, name: str, features: int | None = None) -> float:
-        """Of the most instances measured; for another number of features, by what one more of them
-        cost where a wider log was measured."""
-        base = self._values[name, self.sizes(name)[-1], self.features]
-        wider = [(size, f) for n, size, f in self._values if n == name and f > self.features]
+        """Of an instance among many; for another number of features, by what one more of them cost
+        where a wider log was measured."""
+        base = self.further(name)[-1] if _has_fixed_part(name) else self.last(name)
+        wider = [(size, f) for n, size, f in self.values if n == name and f > self.features]
         if features is None or features == self.features or not wider:
             return base
         size, wide = wider[0]
-        more = self._values[name, size, wide] - self._values[name, size, self.features]
+        more = self.values[name, size, wide] - self.values[name, size, self.features]
         return base + (features - self.features) * more / (wide - self.features)
+
+    def last(self, name: str) -> float:
+        """Of the most instances measured."""
+        return self.values[name, self.sizes(name)[-1], self.features]
+
+    def further(self, name: str) -> list[float]:
+        """What each further instance costs from one size to the next: what is fixed (Spark's first
+        job, an import, a commit) is in no difference."""
+        sizes = self.sizes(name)
+        totals = [size * self.values[name, size, self.features] for size in sizes]
+        steps = zip(sizes, sizes[1:], totals, totals[1:], strict=False)
+        return [(after - before) / (to - since) for since, to, before, after in steps] or [
+            self.last(name)
+        ]
+
+
+def _has_fixed_part(name: str) -> bool:
+    return name.endswith(("core s a million", "memory a row"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +130,13 @@ def core_s(m: Measured, plan: Plan, name: str) -> float:
 def token_core_s(m: Measured, plan: Plan) -> float:
     """Seconds of one core to write a day's tokens."""
     return m.cost("tokens, core s a million") * plan.instances / 1e6
+
+
+def training_steps(plan: Plan) -> float:
+    """Of the streaming protocol, a day: units are users' days, replayed ones among them."""
+    training = TrainingConfig()
+    units = plan.instances / plan.events_of_user * (1 + training.replay)
+    return units / training.batch_units
 
 
 def index_events(plan: Plan) -> int:
@@ -209,6 +237,12 @@ STOPS = (
         "fewer days, or an index for each share of the buckets",
     ),
     Stop(
+        "the index's users, an entry for each of a user's days, sorted in memory",
+        "`downstream/index_files.py` `Users.read`",
+        lambda m, p: m.cost("index, memory of a user and day") * index_events(p) / p.events_of_user,
+        MACHINE, "bytes", "count by bucket",
+    ),
+    Stop(
         f"one of {NUM_BUCKETS} buckets of the index sorted in memory",
         "`pipelines/tables.py` NUM_BUCKETS",
         lambda m, p: index_memory(m, p, NUM_BUCKETS), MACHINE, "bytes",
@@ -239,12 +273,12 @@ def most_instances(m: Measured, plan: Plan, stop: Stop) -> float:
 
 def measured_tables(m: Measured) -> str:
     """What each table costs an instance."""
-    kinds = ("key", "label", "category", "number")
+    kinds = ("key", "label", "token", "category", "number")
     head = ["table", "bytes", *kinds, "files a day", "rows/s, a core", "shuffled", "spilled"]
     head += ["log of a commit", "of a file"]
     lines = []
     for name in (*TABLES, "instance_tokens"):
-        here = {n for n, *_ in m._values if n.startswith(f"{name}, ")}
+        here = {n for n, *_ in m.values if n.startswith(f"{name}, ")}
         each = [f"{name}, bytes of a {kind}" for kind in kinds]
         cells = [_plain(m.cost(n)) if n in here else "" for n in each]
         is_spark = name in TABLES
@@ -265,27 +299,28 @@ def measured_tables(m: Measured) -> str:
 
 
 OTHERS = {
-    "log, bytes": "raw log, an instance",
-    "instances job, core s a million": "`build-instances`",
-    "streams job, core s a million": "`build-streams`",
-    "ranker_samples job, core s a million": "`build-samples`",
-    "tokens, core s a million": "`write-tokens`",
-    "walk with training, core s a million": "`train-compressor`, a line's first day",
-    "instances job, memory of Java": "Spark's memory, `build-instances`",
-    "streams job, memory of Java": "`build-streams`",
-    "training, memory a row": "memory of `train-compressor`, an instance read",
-    "tokens, memory a row": "memory of `write-tokens`, an instance read",
-    "index, core s a million": "index build",
+    "log, bytes": "raw log, an event",
+    "instances job, core s a million": "`build-instances`, a million instances: time of one core",
+    "streams job, core s a million": "`build-streams`, a million",
+    "ranker_samples job, core s a million": "`build-samples`, a million",
+    "tokens, core s a million": "`write-tokens`, a million",
+    "walk with training, core s a million": "`train-compressor`, a million (a line's first day)",
+    "index, core s a million": "index build, a million events",
+    "instances job, memory of Java": "`build-instances`, Spark's memory",
+    "streams job, memory of Java": "`build-streams`, Spark's memory",
+    "training, memory a row": "`train-compressor`, memory for an instance read",
+    "tokens, memory a row": "`write-tokens`, memory for an instance read",
+    "index, memory a row at once": "index build, memory for a row of the group that it sorts",
+    "index, memory of a user and day": "index build, memory for a user's day, all days at once",
     "index, bytes of an event": "index, an event with its token",
     "index, bytes of a user": "index, a user",
-    "index, memory a row at once": "index build's memory, a row of the group that it sorts",
     "item_tokens, bytes of an item and day": "`item_tokens`, an item on a day",
     "checkpoint, bytes of a file": "Delta checkpoint, a file of the table",
-    "open table, s a million files": "opening a table, a million files",
-    "open table, memory of a file": "memory of an open table, a file",
-    "read commits, s a million": "reading a table's history, a million commits",
+    "open table, s a million files": "opening a table of a million files",
+    "open table, memory of a file": "an open table, memory for a file",
+    "read commits, s a million": "reading the history of a table, a million commits",
     "raw_files, s a million files": "`raw_files` read and written, a million files of the raw log",
-    "raw_files, memory of a file": "memory of that, a file",
+    "raw_files, memory of a file": "that, memory for a file",
 }
 
 
@@ -293,21 +328,25 @@ def measured_rest(m: Measured) -> str:
     units = {row["name"]: row["unit"] for row in m.rows}
     lines = []
     for name, what in OTHERS.items():
-        unit = f"{units[name].split(',')[0]}{' a million' if 's a million' in name else ''}"
-        unit = "s" if name.endswith(("files", "commits, s a million")) else unit
-        lines.append([what, _plain(m.cost(name)), unit, f"{m.sizes(name)[-1]:,}"])
-    return _table(["what", "measured", "unit", "of so many"], lines)
+        value, unit = m.cost(name), units[name]
+        shown = _bytes(value) if unit == "bytes at most" else f"{_plain(value)} {unit}"
+        lines.append([what, shown, _count(m.sizes(name)[-1])])
+    return _table(["what", "measured", "of so many"], lines)
 
 
 def not_constant(m: Measured) -> str:
-    """Costs an instance that are not the same at the sizes measured."""
+    """Costs an instance that are not the same at the sizes measured, and what each further instance
+    costs."""
     lines = []
     for name in dict.fromkeys(row["name"] for row in m.rows):
         sizes = m.sizes(name)
-        values = [m._values[name, size, m.features] for size in sizes]
-        if len(values) == 3 and max(values) > 1.2 * min(values) and max(values) > 1:
-            lines.append([name, *map(_plain, values)])
-    return _table(["cost", *(f"{size:,}" for size in m.sizes("log, bytes"))], lines)
+        values = [m.values[name, size, m.features] for size in sizes]
+        is_asked = _has_fixed_part(name) or (", bytes" in name and max(values) > 1.2 * min(values))
+        if len(values) == 3 and is_asked and name != "weights, bytes":
+            lines.append([name, *map(_plain, values), *map(_plain, m.further(name))])
+    small, middle, large = (_count(size) for size in m.sizes("log, bytes"))
+    steps = [f"each further one, {small} to {middle}", f"{middle} to {large}"]
+    return _table(["cost", f"of {small}", f"of {middle}", f"of {large}", *steps], lines)
 
 
 PLANS = tuple(Plan(instances=n, features=f) for n in (10**8, 10**10) for f in (22, 400))
@@ -339,6 +378,12 @@ def a_day(m: Measured, plans: Sequence[Plan] = PLANS) -> str:
         ),
         "core hours of tokens on CPU, small compressor": lambda p: (
             _hours(token_core_s(m, p)) if p.features == m.features else "not measured"
+        ),
+        "steps to train on the day, and as much of days before": lambda p: (
+            f"{training_steps(p):,.0f}"
+        ),
+        f"at {STEP_S * 1e3:.0f} ms each (README, H100)": lambda p: _hours(
+            STEP_S * training_steps(p)
         ),
         "lake after 365 days": lambda p: _bytes(
             p.kept_days * sum(table_bytes(m, p, n) for n in every)
