@@ -237,12 +237,6 @@ STOPS = (
         "fewer days, or an index for each share of the buckets",
     ),
     Stop(
-        "the index's users, an entry for each of a user's days, sorted in memory",
-        "`downstream/index_files.py` `Users.read`",
-        lambda m, p: m.cost("index, memory of a user and day") * index_events(p) / p.events_of_user,
-        MACHINE, "bytes", "count by bucket",
-    ),
-    Stop(
         f"one of {NUM_BUCKETS} buckets of the index sorted in memory",
         "`pipelines/tables.py` NUM_BUCKETS",
         lambda m, p: index_memory(m, p, NUM_BUCKETS), MACHINE, "bytes",
@@ -327,7 +321,7 @@ OTHERS = {
 def measured_rest(m: Measured) -> str:
     units = {row["name"]: row["unit"] for row in m.rows}
     lines = []
-    for name, what in OTHERS.items():
+    for name, what in ((n, w) for n, w in OTHERS.items() if n in units):
         value, unit = m.cost(name), units[name]
         shown = _bytes(value) if unit == "bytes at most" else f"{_plain(value)} {unit}"
         lines.append([what, shown, _count(m.sizes(name)[-1])])
