@@ -475,11 +475,7 @@ def _hours(seconds: float) -> str:
 
 
 def _count(number: float) -> str:
-    """Two digits and a power of ten; the power alone where that is all.
-
-    >>> _count(10**8), _count(6e9)
-    ('10^8', '6.0 x 10^9')
-    """
+    """Two digits and a power of ten; the power alone where that is all."""
     power = math.floor(math.log10(number) + 1e-9)
     return f"10^{power}" if number == 10**power else f"{number / 10**power:.1f} x 10^{power}"
 

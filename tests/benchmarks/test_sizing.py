@@ -51,6 +51,13 @@ def test_checkpoints_that_are_all_kept_grow_with_the_square_of_the_days() -> Non
     assert sizing_plan.all_checkpoints_bytes(m, plan) == 200_000
 
 
+def test_time_is_of_each_further_instance_and_bytes_are_of_the_last() -> None:
+    rows = _rows("a, core s a million", {(10, 20): 100.0, (100, 20): 19.0})
+    rows += _rows("a, bytes", {(10, 20): 100.0, (100, 20): 19.0})
+    m = Measured(rows)
+    assert (m.cost("a, core s a million"), m.cost("a, bytes")) == (10.0, 19.0)
+
+
 def test_a_table_costs_the_stages_up_to_the_one_that_writes_it() -> None:
     stages = [
         Stage(0, 1.0, 500, 0), Stage(9, 2.0, 0, 7),
