@@ -101,7 +101,8 @@ def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict
     (root / "days.toml").write_text(DOMAIN)
     domain, lake = load(str(root / "days.toml")), str(root / "lake")
     spark = session("local[2]", memory="2g")
-    java = spark.sparkContext._jvm.java.lang.ProcessHandle.current().pid()
+    jvm: Any = spark.sparkContext._jvm
+    java = jvm.java.lang.ProcessHandle.current().pid()
     pids = [os.getpid(), int(java)]
     found: dict[str, list[tuple[float, float, int]]] = {}
     for number in range(num_days):

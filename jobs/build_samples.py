@@ -7,12 +7,13 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.compute as pc
+import pyarrow.dataset as ds
 
 from jobs import build_streams, ledger
 from jobs.spark import SparkTables, session
 from jobs.spark_faults import explained
 from pipelines import delta, forgotten, tables
+from pipelines.days import Days
 from pipelines.domain import load as load_domain
 from pipelines.samples import ranker_samples
 from pipelines.temporal_order import model_ready
@@ -48,10 +49,9 @@ def main(args: Args) -> dict[str, Any]:
             ready = model_ready(instances, domain)
             written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
         run.outputs[table.name] = written
-        is_sampled = delta.read(args.lake, table, days, columns=["is_sampled"], version=written)
         result |= {
-            "rows": len(is_sampled),
-            "sampled": pc.sum(is_sampled["is_sampled"]).as_py() or 0,
+            "rows": sum(delta.num_rows(args.lake, table, days, version=written).values()),
+            "sampled": num_sampled(args.lake, table, days, written),
         }
         run.add(rows=result["rows"])
     sys.stdout.write(
@@ -59,3 +59,11 @@ def main(args: Args) -> dict[str, Any]:
         "sampled negatives\n"
     )
     return result
+
+
+def num_sampled(lake: str, table: tables.Table, days: Days, version: int) -> int:
+    """Sampled negatives among the days' rows; one column is read, and never held whole."""
+    day = ds.field("event_date")
+    kept = (day >= days.start) & (day < days.end) & ds.field("is_sampled")
+    opened = delta.open_table(lake, table, version)
+    return int(delta.scan(opened, table, ["is_sampled"], kept).count_rows())
