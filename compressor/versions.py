@@ -153,13 +153,9 @@ def load(
 
 def within(lake: str, line: str, days: Days) -> list[Version]:
     """The manifests of a line's versions that end inside `days` or with them."""
-    if not delta.exists(lake, tables.compressor_versions()):
-        return []
-    rows = delta.read(lake, tables.compressor_versions(), line=line).to_pylist()
     return [
         _manifest(checkpoint.meta(Path(row["artifact"]))["version"])
-        for row in rows
-        if days.start < row["end"] <= days.end
+        for row in lines.ending(lake, line, days)
     ]
 
 

@@ -39,9 +39,13 @@ KEPT_LOG = {"delta.logRetentionDuration": "interval 36500 days"}
 they are gone after 30 days."""
 KEEPS_ROWS = frozenset({"SET TBLPROPERTIES", "VACUUM START", "VACUUM END"})
 """Operations of commits after which a table holds the rows of before."""
+CHECKPOINTS = {"delta.checkpointInterval": "10"}
+"""Commits, as Spark has it; delta-rs by itself reads up to a hundred to open a table."""
 OF_EVENTS = KEPT_LOG | {NUM_INDEXED: "0"}
 """Properties of every table of events: a file's smallest and largest user id in the log would
 outlive the user, and as hashes they help no reader to skip a file."""
+OF_RUNS = KEPT_LOG | {NUM_INDEXED: "8"}
+"""Of the others: names and days come first, whole configurations later."""
 
 
 def uri(lake: str, table: Table) -> str:
@@ -383,7 +387,8 @@ def _create(where: str, table: Table) -> None:
             table.schema,
             mode="error",
             partition_by=list(table.partition_by),
-            configuration=OF_EVENTS if "event_date" in table.partition_by else KEPT_LOG,
+            configuration=CHECKPOINTS
+            | (OF_EVENTS if "event_date" in table.partition_by else OF_RUNS),
         )
     except (DeltaError, OSError) as error:
         if not DeltaTable.is_deltatable(where):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
 from pipelines import delta, tables
+from pipelines.days import Days
 from pipelines.errors import InputError
 
 
 def find(lake: str, name: str) -> dict[str, Any]:
     """The newest row of the version or, given a line, of the line's newest version."""
-    rows = delta.read(lake, tables.compressor_versions()).to_pylist()
-    matching = [r for r in rows if name in (r["compressor_version"], r["compressor_line"])]
+    matching = _rows(lake, ds.field("compressor_version") == name)
+    matching = matching or _rows(lake, _newest_of(lake, name))
     if not matching:
-        known = sorted({r["compressor_version"] for r in rows})
+        known = sorted({r["compressor_version"] for r in _rows(lake)})
         raise InputError(
             f"no compressor version or line called {name!r}; the lake has: "
             f"{', '.join(known) or 'none'}"
@@ -26,11 +31,20 @@ def newest(lake: str, domain_name: str) -> list[dict[str, Any]]:
     if not delta.exists(lake, tables.compressor_versions()):
         return []
     found: dict[str, dict[str, Any]] = {}
-    for row in delta.read(lake, tables.compressor_versions()).to_pylist():
+    for row in _rows(lake):
         line = row["compressor_line"]
         if row["domain"] == domain_name and (line not in found or _age(row) > _age(found[line])):
             found[line] = row
     return [found[line] for line in sorted(found)]
+
+
+def ending(lake: str, line: str, days: Days) -> list[dict[str, Any]]:
+    """The rows of a line's versions that end inside `days` or with them."""
+    if not delta.exists(lake, tables.compressor_versions()):
+        return []
+    end = ds.field("end")
+    is_within = (end > pa.scalar(days.start)) & (end <= pa.scalar(days.end))
+    return _rows(lake, (ds.field("compressor_line") == line) & is_within)
 
 
 def trained_by(lake: str, version: str) -> str:
@@ -41,6 +55,27 @@ def trained_by(lake: str, version: str) -> str:
     return next(
         (c["run"] for c in told if c.get("compressor_version") == version and "run" in c), ""
     )
+
+
+def _rows(lake: str, kept: ds.Expression | None = None) -> list[dict[str, Any]]:
+    """Files that can have none of them, by what the log says of each, are not opened."""
+    table = tables.compressor_versions()
+    scanned = delta.scan(delta.open_table(lake, table), table, table.schema.names, kept)
+    rows: list[dict[str, Any]] = scanned.to_table().to_pylist()
+    return rows
+
+
+def _newest_of(lake: str, line: str) -> ds.Expression:
+    """Which rows end last of a line's, by what the log says of its files: of one version a day the
+    others need not be opened."""
+    found = delta.open_table(lake, tables.compressor_versions()).get_add_actions(flatten=True)
+    is_line, told = ds.field("compressor_line") == line, pa.table(found)
+    if "max.end" not in told.column_names:
+        return is_line
+    ends = told.filter(pc.field("partition.compressor_line") == line)["max.end"]
+    if not len(ends) or ends.null_count:
+        return is_line
+    return is_line & (ds.field("end") >= pc.max(ends))
 
 
 def _age(row: dict[str, Any]) -> tuple[Any, ...]:

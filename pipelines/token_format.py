@@ -61,7 +61,7 @@ def declare(lake: str, table: Table, wanted: TokenFormat) -> None:
                 table.schema,
                 mode="error",
                 partition_by=list(table.partition_by),
-                configuration=delta.OF_EVENTS | wanted.properties(),
+                configuration=delta.CHECKPOINTS | delta.OF_EVENTS | wanted.properties(),
                 raise_if_key_not_exists=False,
             )
         except (DeltaError, CommitFailedError):
