@@ -131,7 +131,7 @@ def train(
     """`gone`: users of whom nothing is read; `held`: the manifest of a run to repeat, and the
     digest of what it read."""
     device = device_of(args.device)
-    parent = _parent(args)
+    newest, parent = _parents(args)
     order = parent["order"] if parent else args.order
     line = args.line or (parent["compressor_line"] if parent else order)
     stream = tables.stream(domain, order)
@@ -140,11 +140,6 @@ def train(
         days, version = delta.days_of(args.lake, stream, start, args.end)
     else:
         days, version = Days(*map(date.fromisoformat, held.days)), held.tables[stream.name]
-    if parent and days.start != parent["end"]:
-        raise InputError(
-            f"{parent['compressor_version']} has learned {parent['start']} to {parent['end']}, so "
-            f"its line goes on with --start {parent['end']}, not {days.start}"
-        )
     first = parent["start"] if parent else days.start
     training = TrainingConfig(seed=args.seed, epochs=args.epochs, window_days=_window(args, parent))
     # A walk that goes on needs earlier days too: as context and for replay.
@@ -164,6 +159,13 @@ def train(
         user_seed=args.user_seed,
         is_trained=not args.untrained,
     )
+    if newest and parent != newest and _interrupted(args.lake, planned, days) is None:
+        parent = newest  # its line is another run's by now
+    if parent and days.start != parent["end"]:
+        raise InputError(
+            f"{parent['compressor_version']} has learned {parent['start']} to {parent['end']}, so "
+            f"its line goes on with --start {parent['end']}, not {days.start}"
+        )
     rows = delta.read(args.lake, stream, Days(since, days.end), version=version)
     rows = forgotten.without(rows, gone)
     log.info("%s: %d rows of %s for %s", stream.name, len(rows), Days(since, days.end), days)
@@ -232,17 +234,21 @@ def manifest_of(
     return found
 
 
-def _parent(args: Args) -> dict[str, Any] | None:
-    """The row of the version to go on from."""
+def _parents(args: Args) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The row of the version that --parent names, and of the one to go on from: where a run that
+    began at --start has left the line's newest, that run's parent."""
     if not args.parent:
-        return None
-    row = lines.find(args.lake, args.parent)
+        return None, None
+    row = before = lines.find(args.lake, args.parent)
     if args.protocol == "frozen" or row["protocol"] == "frozen":
         raise InputError(
             f"--parent {args.parent}: a frozen line is a line of one version; only a streaming "
             "line goes on"
         )
-    return row
+    is_line = args.parent == row["compressor_line"]
+    if is_line and args.start and args.start < row["end"] and row["parent_version"]:
+        before = lines.find(args.lake, row["parent_version"])
+    return row, before
 
 
 def _window(args: Args, parent: Mapping[str, Any] | None) -> int:

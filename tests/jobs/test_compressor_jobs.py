@@ -190,6 +190,39 @@ def test_a_killed_run_goes_on_and_ends_where_an_undisturbed_one_does(
     assert items_of(cut, "user").equals(items_of(quiet, "user"))
 
 
+@pytest.mark.parametrize("killed_at", [2, 4, 6, None])
+def test_a_scheduled_run_may_be_repeated_whether_it_was_killed_or_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int | None
+) -> None:
+    quiet, cut = (make_lake(tmp_path / name) for name in ("quiet", "cut"))
+    scheduled: dict[str, Any] = {"parent": "user", "start": day(2), "end": day(NUM_DAYS)}
+    for each in (quiet, cut):
+        train_compressor.main(args(each, end=day(2)))
+    train_compressor.main(args(quiet, **scheduled))
+    flush = TokenWriter.flush
+
+    def killed_flush(writer: TokenWriter, days: Days, **more: Any) -> None:
+        if killed_at is not None and days.start == day(killed_at):
+            raise KeyboardInterrupt
+        flush(writer, days, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TokenWriter, "flush", killed_flush)
+        with contextlib.suppress(KeyboardInterrupt):
+            train_compressor.main(args(cut, **scheduled))
+    result = train_compressor.main(args(cut, **scheduled))
+    assert result["version"] == f"user@{day(NUM_DAYS - 1)}"
+    assert tokens_of(cut, "user").equals(tokens_of(quiet, "user"))
+    assert items_of(cut, "user").equals(items_of(quiet, "user"))
+    table = tables.instance_tokens("tiny")
+    version = delta.open_table(cut, table).version()
+    assert version == delta.open_table(quiet, table).version()
+    assert train_compressor.main(args(cut, **scheduled))["version"] == result["version"]
+    with pytest.raises(InputError, match=f"goes on with --start {day(NUM_DAYS)}, not {day(2)}"):
+        train_compressor.main(args(cut, **scheduled, user_share=0.5))
+    assert delta.open_table(cut, table).version() == version
+
+
 def test_another_seed_does_not_go_on_from_what_this_one_left(lake: str) -> None:
     train_compressor.main(args(lake, end=day(4)))
     train_compressor.main(args(lake, seed=1, line="other", end=day(4)))
