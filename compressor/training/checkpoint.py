@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressor.training.loop import WeightAverage
-from pipelines.errors import InputError
+from pipelines.errors import InputError, RetryableError
 
 TENSORS = "tensors.safetensors"
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write `folder` atomically, replacing one of the same name."""
+    """Write `folder` atomically, replacing one of the same name.
+
+    RetryableError, with all as it was, where the disk refuses.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -42,8 +45,10 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
             folder.rename(old)
         temporary.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError) and "I/O error" in str(error):
+            raise RetryableError(f"could not write {folder}: {error}") from error
         raise
 
 
