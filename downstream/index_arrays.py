@@ -150,8 +150,10 @@ class ItemArrays:
 
     def compacted(self) -> ItemArrays:
         """The same rows and no others, item by item."""
-        rows, held = self.segments.rows(), self.segments
-        segments = Segments.of(held.key, held.count)
+        held = self.segments
+        if not len(held.pages) and held.total == len(self.available_us):
+            return self
+        rows, segments = held.rows(), Segments.of(held.key, held.count)
         return ItemArrays(
             segments, self.available_us[rows], self.decayed_sum[rows], self.decayed_count[rows]
         )

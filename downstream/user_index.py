@@ -191,9 +191,10 @@ class UserIndex:
         return self.users.rows()
 
     def compacted(self) -> UserIndex:
-        """The same events, and no other rows, in memory; itself where it is so already."""
+        """The same events and items, and no other rows, in memory where they lie otherwise."""
         if self.is_compact:
-            return self
+            lines = {n: replace(of, items=of.items.compacted()) for n, of in self.lines.items()}
+            return replace(self, lines=lines)
         rows, held = self.rows, self.users
         lines = {
             name: LineArrays(line.token[rows], line.available_us[rows], line.items.compacted())

@@ -33,6 +33,7 @@ from pipelines.tables import FEATURE, Table
 MAX_TRIES = 8
 ROW_GROUP = 32_768
 """Rows: cut this small, those of one user are found an order of magnitude faster."""
+WRITER = WriterProperties(max_row_group_size=ROW_GROUP, compression="ZSTD")
 NUM_INDEXED = "delta.dataSkippingNumIndexedCols"
 KEPT_LOG = {"delta.logRetentionDuration": "interval 36500 days"}
 """Commits are what tells right days from stale ones, and manifests pin old versions; by default
@@ -286,6 +287,7 @@ def replace(
                 mode="overwrite",
                 predicate=" AND ".join(clauses) or None,
                 commit_properties=properties,
+                writer_properties=WRITER,
             )
         except SchemaMismatchError as error:
             # Perhaps a feature of another domain file, which came since the columns were compared.
@@ -329,9 +331,7 @@ def rewrite(
                 mode="overwrite",
                 predicate=f"event_date IN ({names})",
                 commit_properties=_said(commit),
-                writer_properties=WriterProperties(
-                    max_row_group_size=ROW_GROUP, compression="ZSTD"
-                ),
+                writer_properties=WRITER,
             )
 
     if days:

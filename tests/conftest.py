@@ -1,16 +1,19 @@
-"""What tests share: one Spark session, one cluster, an empty lake, the public logs if there."""
+"""What tests share: one Spark session, one cluster, an empty lake, the public logs if there.
+
+Those of GPU code run where no Spark is (`pytest tests/downstream -m gpu`).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from pyspark.sql import SparkSession
 
-from jobs.local_cluster import local_cluster
-from jobs.spark import session
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
 
 ROOT = Path(__file__).resolve().parents[1]
 # Tests run everything once: Java's second compiler costs a third of their time and never pays back.
@@ -20,6 +23,8 @@ os.environ.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     """One session for the whole run: starting one takes as long as a hundred small tests."""
+    from jobs.spark import session
+
     spark = session("local[2]", app="tests", memory="2g")
     yield spark
     spark.stop()
@@ -31,6 +36,8 @@ def spark_cluster() -> Iterator[str]:
 
     A process has one session, and this one's is `spark`: run what uses the cluster in another.
     """
+    from jobs.local_cluster import local_cluster
+
     with local_cluster(num_workers=2) as master:
         yield master
 

@@ -110,7 +110,7 @@ def test_a_batch_on_the_gpu_equals_the_one_on_the_cpu(data: RankerData) -> None:
 
     store = IndexStore(data.store.index, IN_MEMORY, "cuda")
     other = RankerData.from_arrays(
-        data.inputs, data.samples, store, torch.zeros(len(data), data.inputs.num_match)
+        data.inputs, data.samples, store, torch.zeros(len(data), data.inputs.num_match), fields=True
     )
     pieces = data.of_days(0, 100)
     ours, theirs = data.batch(pieces, arm("match")), other.batch(pieces, arm("match"))

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from downstream import index_build, index_extend, index_files
@@ -37,6 +37,7 @@ from pipelines.errors import InputError, RetryableError
 from tests.downstream.test_user_index import (
     COMMIT,
     DAY,
+    DEVICES,
     DOMAIN,
     RAW,
     as_table,
@@ -138,11 +139,12 @@ def asked() -> list[tuple[int, int]]:
     return [(key * 10**17 if key > 3 else key, m) for key in range(-4, 6) for m in moments]
 
 
-def said(index: UserIndex) -> dict[str, Any]:
+def said(index: UserIndex, device: str = "cpu") -> dict[str, Any]:
     """What its store says; rows have other numbers where they have other places."""
-    found = asked_of(IndexStore(index, LINE), asked(), 9)
-    row = found.pop("row_BL")
-    instance_id = torch.from_numpy(np.array(index.arrays["instance_id"]))
+    store = IndexStore(index, LINE, device)
+    found = asked_of(store, asked(), 9)
+    row = found.pop("row_BL").cpu()
+    instance_id = torch.from_numpy(np.array(store.index.arrays["instance_id"]))
     return found | {"instance": torch.where(row < 0, -1, instance_id[row.clamp(min=0)])}
 
 
@@ -158,10 +160,12 @@ def never_built() -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=12)
 @given(first=st.integers(0, NUM_DAYS - 1), steps=STEPS)
+@example(first=0, steps=[([0], ["items"], 0)])
 def test_an_extended_index_is_the_built_one_and_opened_ones_stay(
-    first: int, steps: list[tuple[list[int], list[str], int]]
+    device: str, first: int, steps: list[tuple[list[int], list[str], int]]
 ) -> None:
     with tempfile.TemporaryDirectory() as temp:
         lake, folder = f"{temp}/lake", Path(temp) / "index"
@@ -178,7 +182,7 @@ def test_an_extended_index_is_the_built_one_and_opened_ones_stay(
                 index = extended(lake, folder)
             whole = built(lake, Path(temp) / "whole")
             assert content(index) == content(whole)
-            assert_same(said(index), said(whole))
+            assert_same(said(index, device), said(whole))
             assert index.meta.tables == whole.meta.tables
             opened.append(index)
             held.append(content(index))

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from downstream.segments import PAGE, NewRows, Segments, SegmentTensors, grown
+from tests.downstream.test_user_index import DEVICES
 
 Array = npt.NDArray[Any]
 DAY = st.integers(0, 5)
@@ -93,27 +95,33 @@ def test_segments_say_the_log_and_go_on_saying_what_they_said(
         before.append((held, expected))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=100)
 @given(start=START, changes=CHANGES, seed=st.integers(0, 99), length=st.integers(0, 30))
 def test_a_past_is_found_in_pages_as_in_one_piece(
-    start: dict[int, list[int]], changes: list[dict[int, list[int]]], seed: int, length: int
+    device: str,
+    start: dict[int, list[int]],
+    changes: list[dict[int, list[int]]],
+    seed: int,
+    length: int,
 ) -> None:
     log = Log(start, np.random.default_rng(seed))
     for change in changes:
         log.change(change)
     rows = log.expected()
     asked = np.array([(key, moment) for key in range(-1, 5) for moment in range(0, 61, 3)])
-    query, moment = torch.from_numpy(asked.T.copy())
+    query, moment = torch.from_numpy(asked.T.copy()).to(device)
     said = []
     for held, time in (
         (log.held, log.arrays["time"]),
         (Segments.of_sorted(rows[:, 0]), rows[:, 1]),
     ):
-        tensors = SegmentTensors(held, "cpu")
+        tensors = SegmentTensors(held, device)
         key, is_known = tensors.find(query)
-        num = tensors.count_before(torch.from_numpy(time.copy()), key, moment)
+        num = tensors.count_before(torch.from_numpy(time.copy()).to(device), key, moment)
         num = torch.where(is_known, num, 0)
         row, mask = tensors.newest(torch.where(is_known, key, -1), num, length)
+        row, mask = row.cpu(), mask.cpu()
         found = time[row.clamp(min=0).numpy()] if len(time) else row.numpy()
         said.append((num.tolist(), mask.tolist(), np.where(mask, found, -1).tolist()))
     assert said[0] == said[1]
