@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,16 +159,18 @@ def train(
         user_seed=args.user_seed,
         is_trained=not args.untrained,
     )
-    if newest and parent != newest and _interrupted(args.lake, planned, days) is None:
+    read = Days(since, days.end)
+    held_version = _interrupted(args.lake, stream, planned, days, read)
+    if newest and parent != newest and held_version is None:
         parent = newest  # its line is another run's by now
     if parent and days.start != parent["end"]:
         raise InputError(
             f"{parent['compressor_version']} has learned {parent['start']} to {parent['end']}, so "
             f"its line goes on with --start {parent['end']}, not {days.start}"
         )
-    rows = delta.read(args.lake, stream, Days(since, days.end), version=version)
+    rows = delta.read(args.lake, stream, read, version=version)
     rows = forgotten.without(rows, gone)
-    log.info("%s: %d rows of %s for %s", stream.name, len(rows), Days(since, days.end), days)
+    log.info("%s: %d rows of %s for %s", stream.name, len(rows), read, days)
     summary = {"line": line, "days": str(days), "rows": len(rows), "tokens": 0}
     if args.dry_run:
         return {**summary, "width": planned.config.bottleneck}
@@ -178,7 +180,9 @@ def train(
     place = versions.line_folder(args.lake, line).absolute()
     manifests.register(args.lake, manifest, str(place))
     vocabulary = streams.vocabulary_of(rows, domain)
-    trainer, vocabulary, planned, done = _begin(args, domain, planned, days, vocabulary, device)
+    trainer, vocabulary, planned, done = _begin(
+        args, domain, planned, days, held_version, vocabulary, device
+    )
     summary["width"] = planned.config.bottleneck
     data = streams.load(rows, domain, vocabulary, device)
     commit = ledger.commit_of(run, domain, planned.input_versions, seed=str(args.seed))
@@ -235,8 +239,8 @@ def manifest_of(
 
 
 def _parents(args: Args) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The row of the version that --parent names, and of the one to go on from: where a run that
-    began at --start has left the line's newest, that run's parent."""
+    """The row of the version that --parent names, and of the one to go on from: of a line that has
+    come further, the version whose days ended at --start."""
     if not args.parent:
         return None, None
     row = before = lines.find(args.lake, args.parent)
@@ -246,8 +250,9 @@ def _parents(args: Args) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             "line goes on"
         )
     is_line = args.parent == row["compressor_line"]
-    if is_line and args.start and args.start < row["end"] and row["parent_version"]:
-        before = lines.find(args.lake, row["parent_version"])
+    if is_line and args.start and args.start < row["end"]:
+        the_day_before = Days(args.start - timedelta(days=1), args.start)
+        before = next(iter(lines.ending(args.lake, args.parent, the_day_before)), row)
     return row, before
 
 
@@ -259,10 +264,15 @@ def _window(args: Args, parent: Mapping[str, Any] | None) -> int:
 
 
 def _begin(
-    args: Args, domain: Domain, planned: Version, days: Days, vocabulary: Vocabulary, device: str
+    args: Args,
+    domain: Domain,
+    planned: Version,
+    days: Days,
+    held: Version | None,
+    vocabulary: Vocabulary,
+    device: str,
 ) -> tuple[Trainer, Vocabulary, Version, date]:
     """Where the run starts: the first day it has not written, and the weights as of then."""
-    held = _interrupted(args.lake, planned, days) if args.protocol == "streaming" else None
     name = held.name if held else args.parent
     if not name:
         trainer = Trainer.create(planned.config, planned.training, domain, vocabulary, device)
@@ -275,14 +285,29 @@ def _begin(
     return trainer, vocabulary, planned, held.end
 
 
-def _interrupted(lake: str, planned: Version, days: Days) -> Version | None:
-    """The newest version that a run of the very same command left before it was done."""
+def _interrupted(
+    lake: str, stream: tables.Table, planned: Version, days: Days, read: Days
+) -> Version | None:
+    """The newest version that a run of the very same command left, done or not, over the same
+    rows: the stream's days that it read are what they were, whatever has come of others."""
+    if planned.protocol != "streaming":
+        return None
     found = [
         version
         for version in versions.within(lake, planned.line, days)
-        if version.is_same_run(planned)
+        if replace(version, input_versions=planned.input_versions).is_same_run(planned)
+        and _is_unchanged(lake, stream, version, planned, read)
     ]
     return max(found, key=lambda version: version.end, default=None)
+
+
+def _is_unchanged(lake: str, stream: tables.Table, then: Version, now: Version, read: Days) -> bool:
+    """Whether nobody has written the days since."""
+    read_then, reads_now = (version.input_versions[stream.name] for version in (then, now))
+    if read_then == reads_now:
+        return True
+    changed = delta.days_changed(delta.open_table(lake, stream, reads_now), read_then)
+    return changed is not None and not any(day in read for day in changed)
 
 
 def _day_version(line: str, end: date) -> str:

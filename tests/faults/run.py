@@ -7,9 +7,11 @@ import argparse
 import logging
 import os
 import random
+import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,10 +19,12 @@ from tqdm import tqdm
 from tests.faults import schedules
 from tests.faults.plants import PLANTS
 from tests.faults.schedules import FAULTS, JOBS, Outcome
-from tests.faults.workers import Pool
-from tests.faults.world import DAYS, World
+from tests.faults.workers import Kind, Pool
+from tests.faults.world import DAYS, FORGOTTEN, FROZEN, World
 
 log = logging.getLogger(__name__)
+
+AS_FROZEN = ("--protocol", "frozen", "--line", FROZEN)
 
 
 def main() -> int:
@@ -30,6 +34,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the first schedule; the others follow")
     parser.add_argument("--job", choices=sorted(set(JOBS)), help="faults of one job alone")
     parser.add_argument("--fault", choices=sorted(set(FAULTS)), help="of one kind")
+    parser.add_argument("--at-once", type=int, default=2, help="schedules")
     parser.add_argument("--plant", choices=PLANTS, default="", help="a fault of the writing code")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -52,7 +57,7 @@ def main() -> int:
 
 
 def run_all(seeds: range, args: argparse.Namespace, world: World) -> list[Outcome]:
-    """One after the other; a planted fault is looked for until it is caught."""
+    """Some at once; a planted fault is looked for until it is caught."""
     started = time.monotonic()
     # What Java has loaded by then is loaded a third faster by those that come after.
     classes = world.folder / "classes.jsa"
@@ -69,33 +74,50 @@ def run_all(seeds: range, args: argparse.Namespace, world: World) -> list[Outcom
         log.warning("no right to mount a small disk here: full disks are not tried")
         faults = [fault for fault in faults if fault != "disk"]
     pool, outcomes = Pool(args.plant, f"-XX:SharedArchiveFile={classes}"), []
+    threads = ThreadPoolExecutor(args.at_once)
     try:
-        for seed in tqdm(seeds, unit="schedule", mininterval=5):
-            outcomes.append(schedules.run(seed, world, pool, jobs=jobs, faults=faults))
+        running = [
+            threads.submit(schedules.run, seed, world, pool, jobs=jobs, faults=faults)
+            for seed in seeds
+        ]
+        for done in tqdm(as_completed(running), total=len(running), unit="schedule", mininterval=5):
+            outcomes.append(done.result())
             log.info("%s: %s", outcomes[-1].name, "right" if outcomes[-1].is_right else "WRONG")
             if args.plant and not outcomes[-1].is_right:
                 break
     finally:
+        threads.shutdown(cancel_futures=True)
         pool.end()
     return outcomes
 
 
 def _build(world: World, pool: Pool) -> None:
-    """Both lakes, undisturbed."""
+    """The lakes, undisturbed."""
     world.write_logs()
-    for state in ("old", "new"):
-        flags = ["--domain", world.shop(state).file, "--lake", str(world.lake(state))]
-        days = ["--start", str(DAYS.start), "--end", str(DAYS.end)]
-        commands = [("spark", ["build", *flags, *days, "--master", "local[2]"])]
-        if state == "new":
-            train = ["train-compressor", *flags, "--device", "cpu", "--start"]
-            last = str(list(DAYS)[-1])
-            commands += [
+    days = ["--start", str(DAYS.start), "--end", str(DAYS.end)]
+    last = str(list(DAYS)[-1])
+    for state, of in {"old": None, "new": None, "frozen": "new", "forgot": "frozen"}.items():
+        if of is not None:
+            shutil.copytree(world.lake(of), world.lake(state))
+        shop = world.shop("old" if state == "old" else "new")
+        flags = ["--domain", shop.file, "--lake", str(world.lake(state))]
+        train = ["train-compressor", *flags, "--device", "cpu", "--start"]
+        build = ["build", *flags, *days, "--master", "local[2]"]
+        commands: dict[str, list[tuple[Kind, list[str]]]] = {
+            "old": [("spark", build)],
+            "new": [
+                ("spark", build),
                 ("torch", [*train, str(DAYS.start), "--end", last]),
                 ("torch", [*train, last, "--end", str(DAYS.end), "--parent", "user"]),
-            ]
-        for kind, argv in commands:
-            worker = pool.take(kind)  # type: ignore[arg-type]
+            ],
+            "frozen": [
+                ("torch", [*train, str(DAYS.start), "--end", last, *AS_FROZEN]),
+                ("torch", ["write-tokens", *flags, *days, "--version", FROZEN, "--device", "cpu"]),
+            ],
+            "forgot": [("torch", ["forget", *flags, "--user", FORGOTTEN])],
+        }
+        for kind, argv in commands[state]:
+            worker = pool.take(kind)
             worker.give(argv)
             code = worker.code(schedules.TIMEOUT_S)
             if code != 0:

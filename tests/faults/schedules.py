@@ -19,11 +19,12 @@ from pathlib import Path
 from pipelines.days import Days
 from pipelines.tables import Table
 from tests.faults.workers import Kind, Pool, Worker
-from tests.faults.world import DAYS, World, half_days, held, targets
+from tests.faults.world import DAYS, EACH, FORGOTTEN, FROZEN, World, half_days, held, targets
 
-EACH = ("build-instances", "build-streams", "build-samples", "train-compressor")
-JOBS = (*EACH, *EACH, "build", "backfill")
-"""Those that run all the others less often: they take as long as three."""
+JOBS = (*EACH, *EACH, "build", "backfill", "backfill tokens")
+"""Those that run several of the others less often: they take as long as three."""
+ALONE = ("train-compressor", "write-tokens", "forget")
+"""Their days follow one another, or they have none."""
 FAULTS = ("kill", "kill", "race", "order", "disk", "clock")
 """Kills twice as often as the others."""
 MOMENTS = ("any time", "before a commit", "after a commit")
@@ -62,8 +63,8 @@ def run(
     """One schedule, drawn from its seed."""
     draw = random.Random(seed)
     job, fault = draw.choice(jobs), draw.choice(faults)
-    if job == "train-compressor" and fault == "order":
-        fault = "kill"  # its days follow one another
+    if job in ALONE and fault == "order":
+        fault = "kill"
     outcome = Outcome(f"seed {seed}: {fault}, {job}")
     with _lake(small=fault == "disk") as lake:
         world.start(job, lake)
@@ -71,12 +72,12 @@ def run(
         getattr(schedule, f"with_{fault}")()
         schedule.finish()
         for table in targets(world.domain)[job]:
-            _judge(outcome, world, lake, table)
+            _judge(outcome, world, job, lake, table)
     return outcome
 
 
-def _judge(outcome: Outcome, world: World, lake: Path, table: Table) -> None:
-    wanted = held(world.lake("new"), table)
+def _judge(outcome: Outcome, world: World, job: str, lake: Path, table: Table) -> None:
+    wanted = held(world.after(job), table)
     try:
         found = held(lake, table)
     except Exception as error:
@@ -87,7 +88,7 @@ def _judge(outcome: Outcome, world: World, lake: Path, table: Table) -> None:
     outcome.duplicated += sum(n > wanted[row] for row, n in found.items() if row in wanted)
     outcome.leaked += sum(row not in wanted for row in found)
     if "event_date" in table.schema.names:
-        half = half_days(lake, table, [held(world.lake("old"), table), wanted])
+        half = half_days(lake, table, [held(world.before(job, table), table), wanted])
         outcome.leaked += len(half)
         outcome.told += half
 
@@ -100,13 +101,15 @@ class Schedule:
     ) -> None:
         self.draw, self.world, self.pool, self.job = draw, world, pool, job
         self.lake, self.outcome = lake, outcome
-        self.kind: Kind = "torch" if job == "train-compressor" else "spark"
+        self.kind: Kind = "torch" if job in (*ALONE, "backfill tokens") else "spark"
         self.left: list[Command] = self.commands()
         """What has not been seen to end well, in order."""
 
     def commands(self) -> list[Command]:
         """The job's commands: all days at once, or two parts of them."""
         last = DAYS.end - timedelta(days=1)
+        if self.job == "forget":
+            return [(self.job, DAYS)]
         if self.job == "train-compressor" or self.draw.random() < 0.5:
             return [(self.job, Days(DAYS.start, last)), (self.job, Days(last, DAYS.end))]
         return [(self.job, DAYS)]
@@ -114,11 +117,18 @@ class Schedule:
     def argv(self, command: Command) -> list[str]:
         job, days = command
         shop = self.world.shop("new")
-        given = [job, "--domain", shop.file, "--lake", str(self.lake)]
+        given = [job.split()[0], "--domain", shop.file, "--lake", str(self.lake)]
+        if job == "forget":
+            return [*given, "--user", FORGOTTEN]
         given += ["--start", str(days.start), "--end", str(days.end)]
         if job == "train-compressor":
             parent = [] if days.start == DAYS.start else ["--parent", "user"]
             return [*given, "--device", "cpu", *parent]
+        if job == "write-tokens":
+            return [*given, "--device", "cpu", "--version", FROZEN]
+        if job == "backfill tokens":
+            of = ["--tables", "tokens", "--compressor-version", FROZEN]
+            return [*given, "--device", "cpu", *of]
         return [*given, "--master", "local[2]"]
 
     def with_kill(self) -> None:
@@ -199,14 +209,15 @@ class Schedule:
                     break
             else:
                 self.outcome.told.append(f"{command[0]} {command[1]} is never done")
-        if self.job in ("build", "backfill"):
+        if self.job in ("build", "backfill", "backfill tokens"):
             self._nothing_left()
 
     def _nothing_left(self) -> None:
         """Every day counts as right."""
         plan = self.lake.parent / "plan.json"
         worker = self.pool.take(self.kind)
-        worker.give([*self.argv(("backfill", DAYS)), "--dry-run", "--json", str(plan)])
+        command = ("backfill" if self.job == "build" else self.job, DAYS)
+        worker.give([*self.argv(command), "--dry-run", "--json", str(plan)])
         if self._said(worker, allowed=(DONE,)) == DONE:
             steps = json.loads(plan.read_text())["steps"]
             self.outcome.told += [f"{step['days']} is not right: {step['why']}" for step in steps]

@@ -99,31 +99,37 @@ class Pool:
         self.plant, self.java, self.spare = plant, java, spare
         self.waiting: dict[Kind, list[Worker]] = {"spark": [], "torch": []}
         self.every: list[Worker] = []
+        self.lock = threading.RLock()
+        """Schedules that run at once share the pool."""
 
     def take(self, kind: Kind, *, skew_s: int = 0) -> Worker:
         """`skew_s`: of its clock, for a worker that nobody else gets."""
-        if skew_s:
-            worker = self._start(kind, skew_s)
-        else:
-            self.prepare(kind)
-            worker = self.waiting[kind].pop(0)
+        with self.lock:
+            if skew_s:
+                worker = self._start(kind, skew_s)
+            else:
+                self.prepare(kind)
+                worker = self.waiting[kind].pop(0)
         worker.wait_ready()
         return worker
 
     def prepare(self, kind: Kind) -> None:
-        while len(self.waiting[kind]) < self.spare:
-            self.waiting[kind].append(self._start(kind))
+        with self.lock:
+            while len(self.waiting[kind]) < self.spare:
+                self.waiting[kind].append(self._start(kind))
 
     def give_back(self, worker: Worker) -> None:
         """One that was killed is replaced."""
-        if worker.process.poll() is None:
-            self.waiting[worker.kind].insert(0, worker)
-        self.prepare(worker.kind)
+        with self.lock:
+            if worker.process.poll() is None:
+                self.waiting[worker.kind].insert(0, worker)
+            self.prepare(worker.kind)
 
     def drop(self, worker: Worker) -> None:
         worker.kill()
         worker.log.unlink(missing_ok=True)
-        self.every.remove(worker)
+        with self.lock:
+            self.every.remove(worker)
 
     def end(self) -> None:
         for worker in list(self.every):

@@ -1,4 +1,4 @@
-"""A small log in two states, and the lakes that undisturbed jobs make of each."""
+"""A small log in two states, and the lakes that undisturbed jobs make of it, one after another."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from pipelines.tables import Table
 from tests.jobs.test_build_jobs import Row, Shop, row, us
 
 DAYS = Days(date(2026, 1, 1), date(2026, 1, 4))
+EACH = (
+    "build-instances", "build-streams", "build-samples", "train-compressor", "write-tokens",
+    "forget",
+)  # fmt: skip
+"""Jobs that write; `build` and `backfill` run several of them."""
 MORE = "negatives = {per_positive = 1}\nlimits = {max_quarantined_share = 0.9}"
 UNTOLD = ("run", "artifact", "metrics", "input_versions", "config")
 """Columns that say which run wrote a row and from where, not what it holds."""
@@ -38,6 +43,12 @@ def log_rows(state: str) -> list[Row]:
     return [*kept, *broken, row("late", "3", us(DAYS.start, 50))]
 
 
+STATES = {"write-tokens": "frozen", "backfill tokens": "frozen", "forget": "forgot"}
+"""The lake that a job leaves when nothing disturbs it: `new` for those not named."""
+FROZEN, FORGOTTEN = "frozen", "user3"
+"""A compressor line, and the user whom `forget` is about."""
+
+
 def targets(domain: Domain) -> dict[str, tuple[Table, ...]]:
     """The tables that each job replaces."""
     instances = (tables.quarantine(domain), tables.instances(domain))
@@ -51,12 +62,16 @@ def targets(domain: Domain) -> dict[str, tuple[Table, ...]]:
         "build": (*instances, *streams, *samples),
         "backfill": (*instances, *streams, *samples),
         "train-compressor": (*tokens, tables.compressor_versions()),
+        "write-tokens": tokens,
+        "backfill tokens": tokens,
+        "forget": (*instances, *streams, *samples, *tokens, tables.forgotten(domain)),
     }
 
 
 @dataclass(frozen=True)
 class World:
-    """Folders with both logs and both lakes."""
+    """Folders with both logs and with the lakes: `old` and `new` of the two logs; `frozen`, that
+    and a frozen compressor's tokens; `forgot`, that without a user."""
 
     folder: Path
 
@@ -64,7 +79,7 @@ class World:
         return Shop(self.folder / state)
 
     def lake(self, state: str) -> Path:
-        return self.folder / state / "lake"
+        return self.folder / "lakes" / state
 
     def write_logs(self) -> None:
         for state in ("old", "new"):
@@ -74,13 +89,24 @@ class World:
     def domain(self) -> Domain:
         return self.shop("new").domain
 
+    def before(self, job: str, table: Table) -> Path:
+        """The lake whose `table` the job meets: where that has none, it meets none."""
+        if job == "forget":
+            return self.lake("frozen")
+        if table in targets(self.domain)[job]:
+            return self.lake("old")  # has no tokens: those are written once
+        return self.lake(STATES.get(job, "new"))
+
+    def after(self, job: str) -> Path:
+        """The lake that is right when the job is done."""
+        return self.lake(STATES.get(job, "new"))
+
     def start(self, job: str, lake: Path) -> None:
-        """The lake that a job meets: what it reads is of the new log, what it replaces is of the
-        old one (tokens, written once: not there)."""
-        replaced = targets(self.domain)[job]
-        for table in {t.name: t for of in targets(self.domain).values() for t in of}.values():
-            source = self.lake("old" if table in replaced else "new") / table.name
-            is_needed = table in replaced or job not in ("build", "backfill", "build-instances")
+        """The lake that a job meets: what it reads is there, what it replaces is of before."""
+        replaced = targets(self.domain)
+        for table in {t.name: t for of in replaced.values() for t in of}.values():
+            source = self.before(job, table) / table.name
+            is_needed = table in replaced[job] or job not in ("build", "backfill", EACH[0])
             if is_needed and source.exists():
                 shutil.copytree(source, lake / table.name)
 

@@ -223,6 +223,58 @@ def test_a_scheduled_run_may_be_repeated_whether_it_was_killed_or_done(
     assert delta.open_table(cut, table).version() == version
 
 
+def rewrite_stream(lake: str, number: int) -> None:
+    """A day of the user-order stream is written again, with the rows that it has."""
+    stream, of_day = tables.user_order(domain()), Days(day(number), day(number + 1))
+    delta.replace(lake, stream, delta.read(lake, stream, of_day), of_day, commit={"job": "test"})
+
+
+def test_a_day_of_a_line_that_has_come_further_may_be_repeated_as_long_as_it_is_the_same(
+    lake: str,
+) -> None:
+    train_compressor.main(args(lake, end=day(2)))
+    days: list[dict[str, Any]] = [
+        {"parent": "user", "start": day(n), "end": day(n + 1)} for n in range(2, 5)
+    ]
+    done = [train_compressor.main(args(lake, **given)) for given in days]
+    before, table = tokens_of(lake, "user"), tables.instance_tokens("tiny")
+    version = delta.open_table(lake, table).version()
+    rewrite_stream(lake, 6)
+    again = [train_compressor.main(args(lake, **given)) for given in days]
+    assert [each["version"] for each in again] == [each["version"] for each in done]
+    rewrite_stream(lake, 3)  # read by the last two
+    assert train_compressor.main(args(lake, **days[0]))["version"] == done[0]["version"]
+    for given in days[1:]:
+        with pytest.raises(InputError, match=f"goes on with --start {day(5)}"):
+            train_compressor.main(args(lake, **given))
+    assert delta.open_table(lake, table).version() == version
+    assert tokens_of(lake, "user").equals(before)
+
+
+def test_a_killed_run_goes_on_though_another_day_of_the_stream_was_written_since(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet, cut = (make_lake(tmp_path / name) for name in ("quiet", "cut"))
+    train_compressor.main(args(quiet, end=day(6)))
+    flush = TokenWriter.flush
+
+    def killed_flush(writer: TokenWriter, days: Days, **more: Any) -> None:
+        if days.start == day(4):
+            raise KeyboardInterrupt
+        flush(writer, days, **more)
+
+    with monkeypatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+        patched.setattr(TokenWriter, "flush", killed_flush)
+        train_compressor.main(args(cut, end=day(6)))
+    rewrite_stream(cut, 7)
+    assert max(v.end for v in versions.within(cut, "user", Days(day(0), day(6)))) == day(4)
+    train_compressor.main(args(cut, end=day(6)))
+    assert tokens_of(cut, "user").equals(tokens_of(quiet, "user"))
+    table = tables.instance_tokens("tiny")
+    opened = [delta.open_table(each, table).version() for each in (cut, quiet)]
+    assert opened[0] == opened[1]  # no day was written twice
+
+
 def test_another_seed_does_not_go_on_from_what_this_one_left(lake: str) -> None:
     train_compressor.main(args(lake, end=day(4)))
     train_compressor.main(args(lake, seed=1, line="other", end=day(4)))
