@@ -1,8 +1,9 @@
-"""A day costs a day: the time and the bytes read to build each of 60 days, one after the other.
+"""A day costs a day: the time and the bytes read to build a day of a lake that holds 60.
 
 `make bench ONLY=day_cost`: a seeded log of one Parquet file a day is built day by day, as a
-schedule would, in one Spark session, then walked by a compressor line and indexed. Flat means that
-the last ten days take, and read, at most 1.2 times what days 2 to 11 do.
+schedule would, in one Spark session, each day walked by a compressor line and indexed. Its last ten
+days take turns with days 2 to 11 of a second lake, so that both meet the same machine and the same
+warm Java. Flat means that they take, and read, at most 1.2 times what those do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
@@ -37,6 +39,8 @@ BAR = 1.2
 UNITS = ("s", "core s", "bytes read")
 WINDOW = 3
 """Days before each that the compressor line reads."""
+TURNS = 10
+"""Days of each lake that are compared."""
 DOMAIN = """
 name = "days"
 source = {path = "log"}
@@ -95,51 +99,71 @@ def measured(pids: list[int], work: Callable[[], Any]) -> tuple[float, float, in
     return wall_s, core_s_so_far(pids) - core_s, read_so_far(pids) - read
 
 
-def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict[str, Any]]:
-    """Every day through every job; the rows of the benchmark."""
-    (root / "log").mkdir()
-    (root / "days.toml").write_text(DOMAIN)
-    domain, lake = load(str(root / "days.toml")), str(root / "lake")
-    spark = session("local[2]", memory="2g")
-    jvm: Any = spark.sparkContext._jvm
-    java = jvm.java.lang.ProcessHandle.current().pid()
-    pids = [os.getpid(), int(java)]
-    found: dict[str, list[tuple[float, float, int]]] = {}
-    for number in range(num_days):
+@dataclass(frozen=True)
+class Schedule:
+    """A log that gains a day at a time, and the lake of the days so far."""
+
+    root: Path
+    num_events: int
+    num_users: int
+    pids: list[int]
+
+    def begin(self) -> None:
+        (self.root / "log").mkdir(parents=True)
+        (self.root / "days.toml").write_text(DOMAIN)
+
+    def day(self, number: int) -> dict[str, tuple[float, float, int]]:
+        """What each part of the next day cost, by its name."""
         day = FIRST + timedelta(days=number)
-        write_day(root / "log", day, num_events, num_users)
+        write_day(self.root / "log", day, self.num_events, self.num_users)
+        file, lake = str(self.root / "days.toml"), str(self.root / "lake")
         only: dict[str, Any] = {
-            "domain": str(root / "days.toml"), "lake": lake, "start": day,
-            "end": day + timedelta(days=1),
+            "domain": file, "lake": lake, "start": day, "end": day + timedelta(days=1)
         }  # fmt: skip
         line = only | ({"parent": "user"} if number else {"window": WINDOW}) | {"device": "cpu"}
-        so_far = Days(FIRST, day + timedelta(days=1))
-        index = partial(UserIndex.extended, lake, domain, root / "index", lines=["user"])
+        index = partial(UserIndex.extended, lake, load(file), self.root / "index", lines=["user"])
         work: dict[str, Callable[[], Any]] = {
             "instances": partial(build_instances.main, build_instances.Args(**only)),
             "streams and histories": partial(build_streams.main, build_streams.Args(**only)),
             "samples": partial(build_samples.main, build_samples.Args(**only)),
             "tokens": partial(train_compressor.main, train_compressor.Args(**line)),
-            "user index": partial(index, days=so_far),
+            "user index": partial(index, days=Days(FIRST, day + timedelta(days=1))),
         }
-        for name, do in work.items():
-            found.setdefault(name, []).append(measured(pids, do))
-        told = ", ".join(f"{name} {found[name][-1][0]:.1f} s" for name in work)
-        sys.stderr.write(f"{day}: {told}\n")
-    return [row for name, days in found.items() for row in rows_of(name, days)]
+        costs = {name: measured(self.pids, do) for name, do in work.items()}
+        told = ", ".join(f"{name} {cost[0]:.1f} s" for name, cost in costs.items())
+        sys.stderr.write(f"{self.root.name} {day}: {told}\n")
+        return costs
 
 
-def rows_of(name: str, days: list[tuple[float, float, int]]) -> list[dict[str, Any]]:
-    """Times and bytes of the last ten days over those of days 2 to 11, in medians."""
+def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict[str, Any]]:
+    """Every day through every job; the rows of the benchmark."""
+    spark = session("local[2]", memory="2g")
+    jvm: Any = spark.sparkContext._jvm
+    pids = [os.getpid(), int(jvm.java.lang.ProcessHandle.current().pid())]
+    old, young = (Schedule(root / name, num_events, num_users, pids) for name in ("old", "young"))
+    for schedule, alone in ((old, num_days - TURNS), (young, 1)):
+        schedule.begin()
+        for number in range(alone):
+            schedule.day(number)
+    pairs = []
+    for turn in range(TURNS):
+        both = [(old, num_days - TURNS + turn), (young, 1 + turn)]
+        costs = {s.root: s.day(number) for s, number in (both if turn % 2 else both[::-1])}
+        pairs.append((costs[old.root], costs[young.root]))
+    return [row for name in pairs[0][0] for row in rows_of(name, pairs)]
+
+
+def rows_of(
+    name: str, pairs: list[tuple[dict[str, tuple[float, float, int]], ...]]
+) -> list[dict[str, Any]]:
+    """What the old lake's days cost over what the young one's do, in medians."""
     made = []
     for place, unit in enumerate(UNITS):
-        early, late = (
-            statistics.median(day[place] for day in part) for part in (days[1:11], days[-10:])
-        )
+        late, early = (statistics.median(pair[of][name][place] for pair in pairs) for of in (0, 1))
         made.append(
             {
                 "name": f"{name}, {unit} a day", "value": late, "unit": unit,
-                "against": "days 2 to 11", "ratio": late / early, "bar": BAR,
+                "against": f"days 2 to {TURNS + 1}", "ratio": late / early, "bar": BAR,
                 "met": late / early <= BAR, "machine": ledger.machine(),
             }
         )  # fmt: skip
@@ -153,6 +177,8 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=2_000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.days <= TURNS:
+        parser.error(f"--days must be more than {TURNS}: the last {TURNS} are compared")
     with tempfile.TemporaryDirectory() as folder:
         rows = run(args.days, args.events, args.users, Path(folder))
     if args.json:
@@ -160,7 +186,7 @@ def main() -> None:
     for row in rows:
         value = f"{row['value']:.2f}" if row["unit"] != UNITS[-1] else f"{row['value'] / 1e6:.1f} M"
         sys.stdout.write(
-            f"{row['name']:38s} {value:>9s}  {row['ratio']:.2f} x days 2 to 11"
+            f"{row['name']:38s} {value:>9s}  {row['ratio']:.2f} x {row['against']}"
             f"{'' if row['met'] else '   MISSES ' + str(row['bar'])}\n"
         )
 

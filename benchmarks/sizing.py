@@ -346,35 +346,36 @@ def write_tokens(root: Path, num_instances: int, memory: str) -> Costs:
 
 def build_index(root: Path, num_instances: int, memory: str) -> Costs:
     """The user index of all days, with tokens."""
-    from downstream.index_arrays import ITEM_ARRAYS
+    domain = load_domain(str(root / "sizing.toml"))
+    return index_costs(str(root / "lake"), domain, root / "index", LINE)
+
+
+def index_costs(lake: str, domain: Domain, folder: Path, line: str) -> Costs:
+    """What building the index of all days with a line's tokens costs, and what it then holds."""
+    from downstream.index_arrays import ITEM_ARRAYS, ITEM_DAY, USERS
     from downstream.index_files import ROWS_AT_ONCE, Snapshot, Users
     from downstream.user_index import UserIndex
 
-    domain, lake = load_domain(str(root / "sizing.toml")), str(root / "lake")
-    folder = root / "index"
     with used() as counting:
         Users.read(Snapshot(lake).source(tables.histories(domain), ds.scalar(True)))
     with used() as building:
-        index = UserIndex.build(lake, domain, folder, days=None, lines=[LINE])
-    num_users = len(index.arrays["user_ids"])
-    user = np.repeat(np.arange(num_users), np.diff(index.arrays["offsets"]))
-    day = index.arrays["event_time_us"] // DAY_US
+        index = UserIndex.build(lake, domain, folder, days=None, lines=[line])
+    num_events, num_users = len(index), len(index.users)
+    user = np.repeat(np.arange(num_users), index.users.count)
+    day = index.arrays["event_time_us"][index.rows] // DAY_US
     num_user_days = 1 + int(((np.diff(user) != 0) | (np.diff(day) != 0)).sum())
-    files = [
-        f for f in folder.rglob("*.npy") if f.stem not in (*ITEM_ARRAYS, "user_ids", "offsets")
-    ]
+    sizes = {f.relative_to(folder): f.stat().st_size for f in folder.rglob("*.npy")}
+    of_users = {f for f in sizes if f.name.startswith(f"{USERS}.")}
+    of_events = {f for f in sizes if "." not in f.stem and f.stem not in (*ITEM_ARRAYS, ITEM_DAY)}
     return {
-        "index, bytes of an event": (sum(f.stat().st_size for f in files) / num_instances, "bytes"),
-        "index, bytes of a user": (
-            sum((folder / f"{n}.npy").stat().st_size for n in ("user_ids", "offsets")) / num_users,
-            "bytes",
-        ),
+        "index, bytes of an event": (sum(sizes[f] for f in of_events) / num_events, "bytes"),
+        "index, bytes of a user": (sum(sizes[f] for f in of_users) / num_users, "bytes"),
         "index, memory of a user and day": (counting.more_memory / num_user_days, "bytes"),
-        "index, events of a user": (num_instances / num_users, "events"),
-        "index, wall s a million": (building.wall_s / num_instances * 1e6, "s"),
-        "index, core s a million": (building.core_s / num_instances * 1e6, "s"),
+        "index, events of a user": (num_events / num_users, "events"),
+        "index, wall s a million": (building.wall_s / num_events * 1e6, "s"),
+        "index, core s a million": (building.core_s / num_events * 1e6, "s"),
         "index, memory a row at once": (
-            building.more_memory / min(num_instances, ROWS_AT_ONCE), "bytes",
+            building.more_memory / min(num_events, ROWS_AT_ONCE), "bytes",
         ),
     }  # fmt: skip
 

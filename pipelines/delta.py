@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -30,6 +30,8 @@ from pipelines.names import checked_line, checked_table
 from pipelines.schema_changes import added, check_all, check_meanings
 from pipelines.tables import FEATURE, Table
 
+Written = TypeVar("Written")
+
 MAX_TRIES = 8
 ROW_GROUP = 32_768
 """Rows: cut this small, those of one user are found an order of magnitude faster."""
@@ -45,8 +47,7 @@ CHECKPOINTS = {"delta.checkpointInterval": "10"}
 OF_EVENTS = KEPT_LOG | {NUM_INDEXED: "0"}
 """Properties of every table of events: a file's smallest and largest user id in the log would
 outlive the user, and as hashes they help no reader to skip a file."""
-OF_RUNS = KEPT_LOG | {NUM_INDEXED: "8"}
-"""Of the others: names and days come first, whole configurations later."""
+STATS_OF = "delta.dataSkippingStatsColumns"
 
 
 def uri(lake: str, table: Table) -> str:
@@ -233,8 +234,9 @@ def check_features(lake: str, *asked: Table) -> None:
             check_all(table, stored_meanings(open_table(lake, table)))
 
 
-def evolve(lake: str, table: Table, *, commit: Mapping[str, str]) -> None:
-    """Every declared feature has its column in the table, which exists; no file is written.
+def evolve(lake: str, table: Table, *, commit: Mapping[str, str]) -> DeltaTable:
+    """Every declared feature has its column in the table, which exists; no file is written. Returns
+    the table as it is then.
 
     Errors: InputError where a feature is stored with another meaning, or no longer declared;
     CommitFailedError where another writer was first (try again).
@@ -246,6 +248,7 @@ def evolve(lake: str, table: Table, *, commit: Mapping[str, str]) -> None:
     if new:
         fields = Schema.from_arrow(pa.schema(new)).fields
         opened.alter.add_columns(fields, commit_properties=_said(commit))
+    return opened
 
 
 def replace(
@@ -278,11 +281,11 @@ def replace(
         ordered = ordered.combine_chunks()
     properties = _said(with_days(commit, days))
 
-    def write() -> None:
-        evolve(lake, table, commit=commit)
+    def write() -> int:
+        opened = evolve(lake, table, commit=commit)
         try:
             write_deltalake(
-                place,
+                opened,
                 ordered,
                 mode="overwrite",
                 predicate=" AND ".join(clauses) or None,
@@ -293,9 +296,9 @@ def replace(
             # Perhaps a feature of another domain file, which came since the columns were compared.
             check_features(lake, table)
             raise InputError(f"{table.name} is stored with other columns: {error}") from error
+        return opened.version()
 
-    _committed(write, f"{table.name} {days}", place)
-    return DeltaTable(place).version()
+    return _committed(write, f"{table.name} {days}", place)
 
 
 def rewrite(
@@ -315,8 +318,7 @@ def rewrite(
     names = ", ".join(f"'{day}'" for day in sorted(days))
 
     def write() -> None:
-        evolve(lake, table, commit=commit)
-        opened, change = open_table(lake, table), changed()
+        opened, change = evolve(lake, table, commit=commit), changed()
 
         def made(day: date) -> list[pa.RecordBatch]:
             # A day is one batch: batches that follow each other are written in any order.
@@ -358,7 +360,7 @@ def _day(opened: DeltaTable, table: Table, day: date) -> pa.Table:
     return rows.cast(table.schema).sort_by([(name, "ascending") for name in order])
 
 
-def _committed(write: Callable[[], None], what: str, place: str) -> None:
+def _committed(write: Callable[[], Written], what: str, place: str) -> Written:
     """Write; while other writers win, up to MAX_TRIES times."""
     for attempt in range(MAX_TRIES):
         try:
@@ -387,12 +389,24 @@ def _create(where: str, table: Table) -> None:
             table.schema,
             mode="error",
             partition_by=list(table.partition_by),
-            configuration=CHECKPOINTS
-            | (OF_EVENTS if "event_date" in table.partition_by else OF_RUNS),
+            configuration=CHECKPOINTS | _properties(table),
         )
     except (DeltaError, OSError) as error:
         if not DeltaTable.is_deltatable(where):
             raise _as_ours(error, f"could not create {where}") from error
+
+
+def _properties(table: Table) -> dict[str, str]:
+    """Of tables of events as of all of them; of others a file's key and days are in the log, and
+    not the texts beside them."""
+    if "event_date" in table.partition_by:
+        return OF_EVENTS
+    told = [
+        field.name
+        for field in table.schema
+        if field.name in table.key or pa.types.is_date(field.type)
+    ]
+    return KEPT_LOG | {STATS_OF: ",".join(c for c in told if c not in table.partition_by)}
 
 
 def _as_ours(error: Exception, what: str) -> Exception:

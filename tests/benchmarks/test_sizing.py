@@ -12,7 +12,10 @@ import pytest
 from benchmarks import sizing, sizing_plan
 from benchmarks.sizing import Stage, by_table
 from benchmarks.sizing_plan import Measured, Plan
+from pipelines import delta, tables
 from pipelines.domain import load
+from tests.downstream.test_index_extend import LINE, write_day
+from tests.downstream.test_user_index import DOMAIN
 
 
 def _rows(name: str, values: dict[tuple[int, int], float]) -> list[dict[str, Any]]:
@@ -97,6 +100,17 @@ def test_many_files_and_commits_are_priced(tmp_path: Path) -> None:
     costs = sizing.log_costs(tmp_path, 500, 12)
     assert 50 < costs["checkpoint, bytes of a file"][0] < 500
     assert all(value >= 0 for value, _ in costs.values())
+
+
+def test_an_index_is_priced(tmp_path: Path) -> None:
+    lake = str(tmp_path / "lake")
+    for number in range(3):
+        write_day(lake, number)
+    costs = sizing.index_costs(lake, DOMAIN, tmp_path / "index", LINE)
+    assert costs["index, bytes of a user"][0] >= 7 * 8
+    assert costs["index, bytes of an event"][0] >= 4 * 8  # keys and time
+    users = delta.read(lake, tables.histories(DOMAIN))["user_id"]
+    assert costs["index, events of a user"][0] == len(users) / len(users.unique())
 
 
 def test_the_pages_tables_are_what_the_formulas_give() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from pathlib import Path
@@ -43,8 +42,12 @@ def log_rows(state: str) -> list[Row]:
     return [*kept, *broken, row("late", "3", us(DAYS.start, 50))]
 
 
-STATES = {"write-tokens": "frozen", "backfill tokens": "frozen", "forget": "forgot"}
-"""The lake that a job leaves when nothing disturbs it: `new` for those not named."""
+STATES = {
+    "write-tokens": ("new", "frozen"),
+    "backfill tokens": ("new", "frozen"),
+    "forget": ("frozen", "forgot"),
+}
+"""The lakes that a job meets, and leaves when nothing disturbs it: `old` and `new` for others."""
 FROZEN, FORGOTTEN = "frozen", "user3"
 """A compressor line, and the user whom `forget` is about."""
 
@@ -89,24 +92,21 @@ class World:
     def domain(self) -> Domain:
         return self.shop("new").domain
 
-    def before(self, job: str, table: Table) -> Path:
-        """The lake whose `table` the job meets: where that has none, it meets none."""
-        if job == "forget":
-            return self.lake("frozen")
-        if table in targets(self.domain)[job]:
-            return self.lake("old")  # has no tokens: those are written once
-        return self.lake(STATES.get(job, "new"))
+    def before(self, job: str) -> Path:
+        """The lake whose tables are there when the job replaces them."""
+        return self.lake(STATES.get(job, ("old", "new"))[0])
 
     def after(self, job: str) -> Path:
         """The lake that is right when the job is done."""
-        return self.lake(STATES.get(job, "new"))
+        return self.lake(STATES.get(job, ("old", "new"))[1])
 
     def start(self, job: str, lake: Path) -> None:
         """The lake that a job meets: what it reads is there, what it replaces is of before."""
         replaced = targets(self.domain)
         for table in {t.name: t for of in replaced.values() for t in of}.values():
-            source = self.before(job, table) / table.name
-            is_needed = table in replaced[job] or job not in ("build", "backfill", EACH[0])
+            is_replaced = table in replaced[job]
+            source = (self.before(job) if is_replaced else self.after(job)) / table.name
+            is_needed = is_replaced or job not in ("build", "backfill", EACH[0])
             if is_needed and source.exists():
                 shutil.copytree(source, lake / table.name)
 
@@ -128,14 +128,15 @@ def days_of(rows: Counter[tuple[str, str]]) -> dict[str, frozenset[tuple[str, in
     return {day: frozenset(of) for day, of in found.items()}
 
 
-def half_days(lake: Path, table: Table, right: Sequence[Counter[tuple[str, str]]]) -> list[str]:
-    """What any version of a table has shown a reader of a day that is none of its right contents,
-    whole; and versions that do not read at all."""
+def half_days(lake: Path, table: Table, before: Path, after: Path) -> list[str]:
+    """What any version of a table since the lake before has shown a reader of a day that is neither
+    the day before nor the right one; and versions that do not read at all."""
     found: list[str] = []
     if not delta.exists(str(lake), table):
         return found
-    allowed = [days_of(rows) for rows in right]
-    for version in range(delta.open_table(str(lake), table).version() + 1):
+    allowed = [days_of(held(of, table)) for of in (before, after)]
+    met = delta.open_table(str(before), table).version() if delta.exists(str(before), table) else 0
+    for version in range(met, delta.open_table(str(lake), table).version() + 1):
         try:
             shown = days_of(held(lake, table, version))
         except Exception as error:
