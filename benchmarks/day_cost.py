@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import partial
@@ -154,7 +154,7 @@ def run(num_days: int, num_events: int, num_users: int, root: Path) -> list[dict
 
 
 def rows_of(
-    name: str, pairs: list[tuple[dict[str, tuple[float, float, int]], ...]]
+    name: str, pairs: Sequence[tuple[dict[str, tuple[float, float, int]], ...]]
 ) -> list[dict[str, Any]]:
     """What the old lake's days cost over what the young one's do, in medians."""
     made = []
