@@ -134,7 +134,8 @@ def _build(
     run: ledger.Run,
 ) -> dict[str, Any]:
     met = checked(events, domain, days).withColumn("is_gone", F.expr(forgotten.is_theirs(gone)))
-    met = met.persist(StorageLevel.MEMORY_AND_DISK)
+    # A day is one block: kept in memory too, one that does not fit would be read back as a whole.
+    met = met.persist(StorageLevel.DISK_ONLY)
     rows = met.where(~F.col("is_gone"))
     has_day = F.to_date("event_time").eqNullSafe(F.col("event_date"))
     try:

@@ -62,6 +62,7 @@ def set_up() -> None:
     _make_environment()
     _install_packages()
     _run([PYTHON, "-m", "jobs.jars"], "Java and Delta's jars")
+    _run([PYTHON, "-m", "jobs.class_archive"], "Java's class archive")
     STAMP.write_text(stamp)
     say(f"done in {time.monotonic() - started:.0f} s")
 
