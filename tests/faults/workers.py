@@ -18,8 +18,6 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import Literal
 
-from tests.processes import children, is_running
-
 ROOT = Path(__file__).resolve().parents[2]
 Kind = Literal["spark", "torch"]
 START_S = 240.0
@@ -28,14 +26,14 @@ START_S = 240.0
 class Worker:
     """A process that runs commands as `iat` would and says their exit codes."""
 
-    def __init__(self, kind: Kind, *, plant: str = "", java: str = "", skew_s: int = 0) -> None:
+    def __init__(self, kind: Kind, *, plant: str = "", skew_s: int = 0) -> None:
         self.kind: Kind = kind
         self.is_ready = False
         descriptor, name = tempfile.mkstemp(prefix="iat-fault-", suffix=".log")
         os.close(descriptor)
         self.log = Path(name)
         env = os.environ | {"OMP_NUM_THREADS": "1", "IAT_PLANT": plant}
-        env.setdefault("SPARK_SUBMIT_OPTS", f"-XX:TieredStopAtLevel=1 {java}")
+        env.setdefault("SPARK_SUBMIT_OPTS", "-XX:TieredStopAtLevel=1")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.workers", kind, name],
             cwd=ROOT, env=env | (_clock_off_by(skew_s) if skew_s else {}),
@@ -76,27 +74,15 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def leave(self) -> None:
-        """End as a job does when it is done, Java too."""
-        assert self.process.stdin is not None
-        started, until = children(self.process.pid), time.monotonic() + START_S
-        self.process.stdin.close()
-        self.process.wait(START_S)
-        while any(map(is_running, started)) and time.monotonic() < until:
-            time.sleep(0.1)
-
     def tail(self) -> str:
         return self.log.read_text(errors="replace")[-3000:]
 
 
 class Pool:
-    """Workers of both kinds, some always starting, so that one is ready when it is asked for.
+    """Workers of both kinds, some always starting, so that one is ready when it is asked for."""
 
-    `java`: options of every JVM.
-    """
-
-    def __init__(self, plant: str = "", java: str = "", spare: int = 2) -> None:
-        self.plant, self.java, self.spare = plant, java, spare
+    def __init__(self, plant: str = "", spare: int = 2) -> None:
+        self.plant, self.spare = plant, spare
         self.waiting: dict[Kind, list[Worker]] = {"spark": [], "torch": []}
         self.every: list[Worker] = []
         self.lock = threading.RLock()
@@ -136,7 +122,7 @@ class Pool:
             self.drop(worker)
 
     def _start(self, kind: Kind, skew_s: int = 0) -> Worker:
-        worker = Worker(kind, plant=self.plant, java=self.java, skew_s=skew_s)
+        worker = Worker(kind, plant=self.plant, skew_s=skew_s)
         self.every.append(worker)
         return worker
 

@@ -7,12 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pyspark.sql import SparkSession
 
 from jobs.jars import _trust_system_certificates, find_jars, jar_paths, locked_jars, resolve
-from jobs.java import Java, find_java
+from jobs.java import ARCHIVE, Java, find_java
 from jobs.setup import (
     BOOTSTRAP_LOCK,
     LOCK,
@@ -157,6 +160,27 @@ def test_the_launcher_passes_every_word_on_but_the_vector_module(tmp_path: Path)
         shutil.rmtree(launcher.parents[1])
     words.remove("--add-modules=jdk.incubator.vector")
     assert said.stdout.splitlines() == [f"<{word}>" for word in words]
+
+
+def test_an_archive_of_classes_that_is_not_this_javas_is_left_alone() -> None:
+    launcher = find_java().launcher_home()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(shutil.copytree(launcher / "bin", Path(folder, "bin")))
+        (copy.parent / ARCHIVE).write_bytes(b"no archive at all")
+        said = subprocess.run(
+            [copy / "java", "-version"], capture_output=True, text=True, check=True
+        )
+    assert said.stdout == ""
+    assert not [line for line in said.stderr.splitlines() if "rror" in line or "arn" in line]
+
+
+def test_a_session_starts_with_the_archive_that_set_up_made(spark: SparkSession) -> None:
+    archive = find_java().launcher_home() / ARCHIVE
+    if not archive.exists():
+        pytest.skip("this Java comes without an archive to build upon")
+    jvm: Any = spark.sparkContext._jvm
+    java = jvm.java.lang.ProcessHandle.current().pid()
+    assert str(archive) in Path(f"/proc/{java}/maps").read_text()
 
 
 @pytest.mark.slow
