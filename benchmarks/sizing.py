@@ -57,7 +57,7 @@ TIMES_WIDER = 4
 BAR = 1.2
 ROWS_PER_USER = 80
 """Fewer than any block of the world's users has in all its days."""
-MOST_TRAINED = 10_000
+MOST_TRAINED = 100_000
 LINE = "sizing"
 NUM_FILES, NUM_COMMITS = 100_000, 1_000
 BUILT = ("instances", "temporal_order", "user_order", "histories", "ranker_samples")

@@ -61,6 +61,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "train a source model; streaming: walk the days and write their tokens",
     ),
     "write-tokens": ("jobs.write_tokens", "tokens of some days by a trained version"),
+    "index": ("jobs.index", "keep a user index on disk: built once, extended by changed days"),
     "fetch": ("jobs.fetch", "a user's newest tokens strictly before a moment"),
     "train-ranker": (
         "jobs.train_ranker",
@@ -116,6 +117,8 @@ JSON_KEYS: Mapping[str, str] = {
     "train-compressor": "line, version, days, rows, tokens, width, source_auc (streaming) or loss "
     "(frozen)",
     "write-tokens": "line, version, days, width, tokens",
+    "index": "domain, index, was (missing, built, extended, unchanged), rows, lines, tables "
+    "(versions)",
     "fetch": "domain, line, user, user_id, as_of, is_known, token_width, tables, events",
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "

@@ -25,11 +25,11 @@ from compressor.training import checkpoint, metrics
 from downstream import saved
 from downstream.configs import RankerConfig, RankerTraining, arm
 from downstream.data import RankerData, with_shuffled_tokens
-from downstream.index_arrays import Meta
 from downstream.samples import Array
 from downstream.streaming import RankerTrainer, fit, walk
 from downstream.user_index import IndexStore, UserIndex
 from jobs import ledger
+from jobs.index import held as held_index
 from jobs.repeated import as_args, repeated
 from jobs.train_compressor import device_of
 from pipelines import delta, forgotten, manifests, tables
@@ -232,20 +232,11 @@ def user_index(
             versions=held.tables,
         )  # fmt: skip
     folder = Path(args.index) if args.index else temporary
-    if folder.exists():
-        found, wanted = Meta.read(folder).side, [f.stream_column for f in domain.side_features]
-        if found != wanted:
-            raise InputError(
-                f"the index in {folder} was built with side information {found}, and {domain.name} "
-                f"now has {wanted}; give --index another folder"
-            )
+    lines, has_fields = (args.line,) if args.line else (), arm(args.arm).branch == "fields"
+    held_index(folder, domain, lines, has_fields=has_fields)
+    before = Days(FIRST_DAY, days.end)
     return UserIndex.extended(
-        args.lake,
-        domain,
-        folder,
-        days=Days(FIRST_DAY, days.end),
-        lines=[args.line] if args.line else [],
-        fields=arm(args.arm).branch == "fields",
+        args.lake, domain, folder, days=before, lines=lines, fields=has_fields
     )
 
 
