@@ -3,10 +3,14 @@ pickle."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import glob
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,8 @@ from compressor.training.loop import WeightAverage
 from pipelines.errors import InputError, RetryableError
 
 TENSORS = "tensors.safetensors"
+LEFT_S = 86_400
+"""Seconds after which nobody is still writing a checkpoint."""
 
 
 def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -40,16 +46,37 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
         if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+            _exchange(temporary, folder)
+            shutil.rmtree(temporary)
+        else:
+            temporary.rename(folder)
+        _remove_left(folder)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, SafetensorError) and "I/O error" in str(error):
             raise RetryableError(f"could not write {folder}: {error}") from error
         raise
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Each takes the other's name in one step, so that a kill leaves neither name without one.
+
+    OSError where the file system cannot: local ones of Linux can (renameat2).
+    """
+    here, exchange = -100, 2
+    first, second = (os.fsencode(path.absolute()) for path in (one, other))
+    if ctypes.CDLL(None, use_errno=True).renameat2(here, first, here, second, exchange):
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error), str(other))
+
+
+def _remove_left(folder: Path) -> None:
+    """What killed saves of the same checkpoint have left behind, once it is a day old."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}-*"):
+        with contextlib.suppress(OSError):  # another run's, which has just gone
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left)
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
