@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -238,6 +239,7 @@ class IndexStore:
         }
         self.side = [*index.meta.side, *(f"label_{name}" for name in index.meta.labels)]
         self._fields: tuple[Tensor, Tensor] | None = None
+        self.kernels = _kernels(self.device, index)
         held = index.line(line) if line is not None else LineArrays.none(index.num_rows)
         self._bind(held.token, held.available_us, held.items)
 
@@ -289,21 +291,33 @@ class IndexStore:
         """(user_B, num_B): the user's place among the index's, and how many events are before
         as_of. A user not known has place -1 and no events."""
         user_ids, as_of_us = user_ids.to(self.device), as_of_us.to(self.device)
+        times_N = self.columns["event_time_us"]
+        if self.kernels:
+            return self.kernels.positions(
+                self.users, times_N, user_ids.contiguous(), as_of_us.contiguous()
+            )
         user_B, is_known_B = self.users.find(user_ids)
-        num_B = self.users.count_before(self.columns["event_time_us"], user_B, as_of_us)
+        num_B = self.users.count_before(times_N, user_B, as_of_us)
         return torch.where(is_known_B, user_B, -1), torch.where(is_known_B, num_B, 0)
 
     def fetch(self, user_ids: Tensor, as_of_us: Tensor, length: int) -> Tokens:
         """See TokenStore.fetch; every tensor is on the store's device."""
         user_B, num_B = self.positions(user_ids, as_of_us)
-        as_of_B = as_of_us.to(self.device)
-        row_BL, mask_BL = self.newest(user_B, num_B, length)
-        token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
+        as_of_B = as_of_us.to(self.device).contiguous()
+        if self.kernels:
+            row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL = self.kernels.newest(
+                self.users, self.columns["event_time_us"], user_B, num_B, as_of_B, length,
+                (self.token_ND, self.available_us_N),
+            )  # fmt: skip
+        else:
+            row_BL, mask_BL = self.newest(user_B, num_B, length)
+            gap_s_BL = self.gap_s_at(row_BL, mask_BL, as_of_B)
+            token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
         return Tokens(
             token_BLD=token_BLD,
             mask_BL=mask_BL,
             token_mask_BL=token_mask_BL,
-            gap_s_BL=self.gap_s_at(row_BL, mask_BL, as_of_B),
+            gap_s_BL=gap_s_BL,
             side={name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in self.side},
             row_BL=row_BL,
         )
@@ -315,6 +329,10 @@ class IndexStore:
 
     def tokens_at(self, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> tuple[Tensor, Tensor]:
         """(token_BLD, token_mask_BL) of rows of `newest`: 0 where not published before as_of."""
+        if self.kernels:
+            return self.kernels.tokens_at(
+                self.token_ND, self.available_us_N, row_BL, mask_BL, as_of_B
+            )
         published_BL = self._take(self.available_us_N, row_BL) < as_of_B[:, None]
         token_mask_BL = mask_BL & published_BL
         token_BLD = self._take(self.token_ND, row_BL)
@@ -333,9 +351,13 @@ class IndexStore:
 
     def side_at(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> Tensor:
         """One of `side` at rows of `newest`, [B, L] int32; a label not known by as_of is 0."""
-        value_BL = self._take(self.columns[name], row_BL).int()
+        time_us_N = None
         if name.startswith("label_"):
             time_us_N = self.columns["label_time_us_" + name.removeprefix("label_")]
+        if self.kernels:
+            return self.kernels.side_at(self.columns[name], time_us_N, row_BL, mask_BL, as_of_B)
+        value_BL = self._take(self.columns[name], row_BL).int()
+        if time_us_N is not None:
             is_known_BL = (value_BL >= 0) & (self._take(time_us_N, row_BL) < as_of_B[:, None])
             return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
         return torch.where(mask_BL, value_BL, 0)
@@ -406,3 +428,12 @@ class IndexStore:
             return column_N.new_zeros(*row.shape, *column_N.shape[1:])
         flat = column_N.index_select(0, row.clamp(min=0).flatten())
         return flat.view(*row.shape, *column_N.shape[1:])
+
+
+def _kernels(device: torch.device, index: UserIndex) -> ModuleType | None:
+    """A fetch's parts in a launch each, on a CUDA device that has anything to fetch."""
+    if device.type != "cuda" or not index.num_rows:
+        return None
+    from downstream import gather
+
+    return gather

@@ -156,7 +156,7 @@ def frozen_version(args: Args, domain: Domain) -> Mapping[str, Any] | None:
 def marks_of(args: Args, domain: Domain) -> Mapping[date, str] | None:
     """What the raw log holds of each day: files that are new or changed are looked into, unless
     instances are not asked for."""
-    latest = latest_of(without_future(domain))
+    latest = latest_of(without_future(domain, args.end))
     if "instances" not in args.tables:
         found = raw_files.known(args.lake, domain)
         return found.marks(latest) if found else None

@@ -80,8 +80,7 @@ def main(args: Args) -> dict[str, Any]:
             data=args.data, limit_users=args.limit_users, limit_days=args.limit_days,
             seed=args.seed,
         )  # fmt: skip
-        if args.end is None:
-            domain = without_future(domain)
+        domain = without_future(domain, args.end)
         commit = ledger.commit_of(run, given, {"source": shown(raw.place)})
         found = raw_log.looked(raw, args.lake, domain, commit=None if args.dry_run else commit)
         days = asked_days(found, args.lake, domain, args.start, args.end)

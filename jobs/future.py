@@ -8,12 +8,13 @@ from datetime import UTC, date, datetime, timedelta
 from pipelines.domain import Domain
 
 
-def without_future(domain: Domain) -> Domain:
+def without_future(domain: Domain, end: date | None) -> Domain:
     """With no end asked for, a mistyped year must not make the log a century long.
 
-    The clock decides only which events are refused as coming from the future.
+    The clock decides only which events are refused as coming from the future; where the end of the
+    days is given, nothing.
     """
-    if domain.limits.latest:
+    if domain.limits.latest or end is not None:
         return domain
     tomorrow = datetime.now(UTC).date() + timedelta(days=1)
     return replace(domain, limits=replace(domain.limits, latest=tomorrow.isoformat()))

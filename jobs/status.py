@@ -45,7 +45,7 @@ class Args:
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     raw = raw_files.known(args.lake, domain)
-    marks = raw.marks(latest_of(without_future(domain))) if raw else None
+    marks = raw.marks(latest_of(without_future(domain, args.end))) if raw else None
     days = asked(args.lake, domain, args.start, args.end, marks)
     built = states_of(args.lake, domain, days, marks)
     shown: dict[str, Reasons] = {group: built[group] for group in built}

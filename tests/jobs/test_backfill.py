@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs import backfill, train_compressor, write_tokens
+from jobs import backfill, future, train_compressor, write_tokens
 from jobs.backfill_plan import Step, plan
 from jobs.cli import run
 from jobs.day_states import GROUPS, Group, States
@@ -233,6 +233,22 @@ def test_a_fault_of_the_disk_is_worth_a_retry_and_keeps_no_other_from_being_writ
     assert said.code == 3
     assert f"1 of 4 steps failed, the first {one(SECOND)}: Input/output error" in said.err
     assert tried == [*LOG]
+
+
+def test_the_clock_decides_nothing_where_the_days_are_given(
+    spark: SparkSession, shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Behind(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Behind:
+            return cls(2020, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(future, "datetime", Behind)
+    lake = tmp_path / "lake"
+    done("backfill", shop, lake, *days_flags(LOG), "--tables", "instances")
+    assert status(shop, lake, *days_flags(LOG))[1].count("instances: 4 of 4 days right") == 1
+    planned = done("backfill", shop, lake, *days_flags(LOG), "--tables", "instances", "--dry-run")
+    assert "0 of 4 days to write" in planned.out
 
 
 def test_quarantined_events_are_told_as_a_share_of_their_day(
