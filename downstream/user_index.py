@@ -275,6 +275,12 @@ class IndexStore:
         other._bind(token, available_us, item_tokens or ItemArrays.none(token.shape[1]))
         return other
 
+    def plain(self) -> IndexStore:
+        """The same store without kernels: what theirs must equal bit for bit, and slower."""
+        other = copy.copy(self)
+        other.kernels = None
+        return other
+
     def __len__(self) -> int:
         return len(self.index)
 
