@@ -173,8 +173,8 @@ def rows_of(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--days", type=int, default=60)
-    parser.add_argument("--events", type=int, default=20_000, help="a day")
-    parser.add_argument("--users", type=int, default=2_000)
+    parser.add_argument("--events", type=int, default=5_000, help="a day")
+    parser.add_argument("--users", type=int, default=1_000)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.days <= TURNS:
