@@ -48,7 +48,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
                 os.fsync(file.fileno())
         if folder.exists():
             _exchange(temporary, folder)
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.rename(folder)
         _remove_left(folder)
@@ -60,15 +60,16 @@ def save(folder: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -
 
 
 def _exchange(one: Path, other: Path) -> None:
-    """Each takes the other's name in one step, so that a kill leaves neither name without one.
-
-    OSError where the file system cannot: local ones of Linux can (renameat2).
-    """
+    """Each takes the other's name, in one step where the system can (renameat2: Linux's local file
+    systems), so that a kill leaves neither name without one; elsewhere in three."""
     here, exchange = -100, 2
     first, second = (os.fsencode(path.absolute()) for path in (one, other))
-    if ctypes.CDLL(None, use_errno=True).renameat2(here, first, here, second, exchange):
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error), str(other))
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None or rename(here, first, here, second, exchange):
+        between = Path(f"{one}-between")
+        other.rename(between)
+        one.rename(other)
+        between.rename(one)
 
 
 def _remove_left(folder: Path) -> None:

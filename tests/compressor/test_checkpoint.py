@@ -61,3 +61,13 @@ def test_what_killed_saves_left_goes_once_it_is_a_day_old(tmp_path: Path) -> Non
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
     checkpoint.save(tmp_path / "weights", {"w": torch.ones(3)}, {})
     assert {path.name for path in tmp_path.iterdir()} == {"weights", ".weights-new"}
+
+
+def test_where_names_cannot_be_exchanged_a_checkpoint_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint.ctypes, "CDLL", lambda name: object())
+    for what in ("old", "new"):
+        checkpoint.save(tmp_path / "weights", {"w": torch.ones(3)}, {"is": what})
+    assert checkpoint.load(tmp_path / "weights")[1] == {"is": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["weights"]
