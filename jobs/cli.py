@@ -117,7 +117,7 @@ JSON_KEYS: Mapping[str, str] = {
     "train-compressor": "line, version, days, rows, tokens, width, source_auc (streaming) or loss "
     "(frozen)",
     "write-tokens": "line, version, days, width, tokens",
-    "index": "domain, index, was (missing, built, extended, unchanged), rows, lines, tables "
+    "index": "domain, index, was (missing, there, built, extended, unchanged), rows, lines, tables "
     "(versions)",
     "fetch": "domain, line, user, user_id, as_of, is_known, token_width, tables, events",
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "

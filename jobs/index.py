@@ -65,7 +65,7 @@ def main(args: Args) -> dict[str, Any]:
     result = {
         "domain": domain.name,
         "index": str(args.index),
-        "was": what_was_done(before, after),
+        "was": "there" if args.dry_run and before else what_was_done(before, after),
         "rows": after.num_rows if after else 0,
         "lines": sorted(after.lines) if after else [],
         "tables": dict(after.tables) if after else {},
