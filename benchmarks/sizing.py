@@ -35,7 +35,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from deltalake import CommitProperties, DeltaTable
 from deltalake.transaction import AddAction, RemoveAction
@@ -357,7 +356,7 @@ def index_costs(lake: str, domain: Domain, folder: Path, line: str) -> Costs:
     from downstream.user_index import UserIndex
 
     with used() as counting:
-        Users.read(Snapshot(lake).source(tables.histories(domain), ds.scalar(True)))
+        Users.read(Snapshot(lake).source(tables.histories(domain)))
     with used() as building:
         index = UserIndex.build(lake, domain, folder, days=None, lines=[line])
     num_events, num_users = len(index), len(index.users)

@@ -91,7 +91,7 @@ class _Again:
         )  # fmt: skip
         opened = delta.open_table(lake, tables.instance_tokens(domain_name))
         form = declared(delta.open_table(lake, self.table))
-        self.tokens = delta.files(opened)
+        self.tokens = delta.files(opened, sums.days)
         self.form = declared(opened) or TokenFormat()
         self.width = form.width if form else self.form.width
         self.state = ItemState.before(lake, domain_name, line, sums.days[0], self.width)

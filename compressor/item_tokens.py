@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from pipelines import delta, tables
+from pipelines.days import Days
 from pipelines.token_format import TokenFormat, check, decode
 
 Array = npt.NDArray[Any]
@@ -73,8 +74,8 @@ class ItemState:
         opened = delta.open_table(lake, table)
         form = TokenFormat("float32", width)
         check(opened, table.name, form)
-        kept = (ds.field("compressor_line") == line) & (ds.field("event_date") < day)
-        dataset = delta.files(opened)
+        dataset = delta.files(opened, Days(date.min, day))
+        kept = ds.field("compressor_line") == line
         keys = dataset.to_table(["item_id", "event_date"], filter=kept)
         key_item, key_day = keys.column("item_id").to_numpy(), _days(keys.column("event_date"))
         order = np.lexsort((key_day, key_item))

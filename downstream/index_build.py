@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from downstream.index_arrays import (
     save_segments,
     user_major_order,
 )
-from downstream.index_files import Snapshot, Source, Users, Writer, locked
+from downstream.index_files import EVERY, Snapshot, Source, Users, Writer, locked
 from downstream.segments import Segments
 from pipelines import tables
 from pipelines.days import Days
@@ -89,18 +90,18 @@ def _write(
     fields: bool,
     only_users: Sequence[int] | None,
 ) -> None:
-    asked = _of_days(days)
+    asked = EVERY
     if only_users is not None:
-        asked = asked & ds.field("user_id").isin(pa.array(only_users, pa.int64()))
-    histories = snapshot.source(tables.histories(domain), asked)
+        asked = ds.field("user_id").isin(pa.array(only_users, pa.int64()))
+    histories = snapshot.source(tables.histories(domain), days, asked)
     formats: dict[str, TokenFormat] = {}
     tokens: dict[str, Source] = {}
     for line in lines:
         kept = asked & (ds.field("compressor_line") == line)
-        tokens[line] = snapshot.source(tables.instance_tokens(domain.name), kept)
+        tokens[line] = snapshot.source(tables.instance_tokens(domain.name), days, kept)
         formats[line] = _format(tokens[line], line)
     real = asked & ~ds.field("is_sampled")
-    logged = snapshot.source(tables.user_order(domain), real) if fields else None
+    logged = snapshot.source(tables.user_order(domain), days, real) if fields else None
     users = Users.read(histories)
     for source in tokens.values():
         users.check_buckets(Users.read(source), source.table.name)
@@ -124,7 +125,10 @@ def _write(
     for at, line in enumerate(lines):
         width, name, items = formats[line].width, f"line{at}", None
         if only_users is None:
-            items = snapshot.source(tables.item_tokens(domain.name), _items_until(days, line))
+            # They are cumulative: those from before the first day stay readable.
+            until = Days(date.min, days.end) if days is not None else None
+            of_line = ds.field("compressor_line") == line
+            items = snapshot.source(tables.item_tokens(domain.name), until, of_line)
         segments = _put_items(writer, items, name, width)
         save_segments(folder / name, ITEMS, 0, segments)
         line_metas[line] = LineMeta(
@@ -153,18 +157,6 @@ def field_columns(domain: Domain) -> list[str]:
     layout = FeatureLayout.of(domain)
     categorical = [layout.categorical[at] for at in layout.slot_fields]
     return [feature.stream_column for feature in (*categorical, *layout.numbers)]
-
-
-def _of_days(days: Days | None) -> ds.Expression:
-    if days is None:
-        return ds.scalar(True)
-    return (ds.field("event_date") >= days.start) & (ds.field("event_date") < days.end)
-
-
-def _items_until(days: Days | None, line: str) -> ds.Expression:
-    """Item tokens are cumulative: those from before the first day stay readable."""
-    kept = ds.field("compressor_line") == line
-    return kept if days is None else kept & (ds.field("event_date") < days.end)
 
 
 def _format(tokens: Source, line: str) -> TokenFormat:

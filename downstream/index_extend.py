@@ -14,7 +14,6 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.dataset as ds
 
 from downstream.index_arrays import (
@@ -131,7 +130,7 @@ class _Extension:
 
     def _days_of(self, table: Table, line: str | None = None) -> set[date]:
         """The days of a table, those that the index needs, that are not as the index has them."""
-        opened = self.snapshot.source(table, ds.scalar(True)).opened
+        opened = self.snapshot.open(table)
         name, held = table.name, self.meta.held_days
         if self.meta.ids.get(name) != str(opened.metadata().id):
             raise NotExtendableError(f"{name} is another table than before")
@@ -166,16 +165,17 @@ class _Extension:
         num_rows = meta.num_rows
         if not days:
             return held, num_rows
-        asked = ds.field("event_date").isin(pa.array(days, pa.date32()))
-        histories = self.snapshot.source(tables.histories(domain), asked)
+        histories = self.snapshot.source(tables.histories(domain), days)
         tokens = {
             line: self.snapshot.source(
-                tables.instance_tokens(domain.name), asked & (ds.field("compressor_line") == line)
+                tables.instance_tokens(domain.name), days, ds.field("compressor_line") == line
             )
             for line in meta.lines
         }
-        real = asked & ~ds.field("is_sampled")
-        logged = self.snapshot.source(tables.user_order(domain), real) if meta.has_fields else None
+        logged = None
+        if meta.has_fields:
+            real = ~ds.field("is_sampled")
+            logged = self.snapshot.source(tables.user_order(domain), days, real)
         users = Users.read(histories)
         for source in tokens.values():
             users.check_buckets(Users.read(source), source.table.name)
@@ -230,9 +230,8 @@ class _Extension:
         held = load_segments(place, ITEMS, self.meta.generation, spec.item_base)
         if not days:
             return held, spec.item_rows
-        asked = ds.field("event_date").isin(pa.array(days, pa.date32()))
         source = self.snapshot.source(
-            tables.item_tokens(self.domain.name), asked & (ds.field("compressor_line") == line)
+            tables.item_tokens(self.domain.name), days, ds.field("compressor_line") == line
         )
         keys = ItemKeys.read(source, spec.width)
         names = [f"{spec.folder}/{name}" for name in (*ITEM_ARRAYS, ITEM_DAY)]

@@ -22,6 +22,7 @@ from pipelines import delta
 from pipelines.errors import InputError
 from pipelines.tables import Table
 
+EVERY = ds.scalar(True)
 ROWS_AT_ONCE = 4_000_000
 """Events sorted in memory at a time."""
 
@@ -34,13 +35,18 @@ class Snapshot:
         self.pinned = pinned or {}
         self.opened: dict[str, DeltaTable] = {}
 
-    def source(self, table: Table, kept: ds.Expression) -> Source:
-        """The rows of a table that `kept` keeps."""
+    def open(self, table: Table) -> DeltaTable:
         if table.name not in self.opened:
             self.opened[table.name] = delta.open_table(
                 self.lake, table, self.pinned.get(table.name)
             )
-        return Source(table, self.opened[table.name], kept)
+        return self.opened[table.name]
+
+    def source(
+        self, table: Table, days: delta.AskedDays = None, kept: ds.Expression = EVERY
+    ) -> Source:
+        """The rows of a table's days that `kept` keeps."""
+        return Source(table, self.open(table), days, kept)
 
     @property
     def versions(self) -> dict[str, int]:
@@ -58,15 +64,19 @@ class Source:
 
     table: Table
     opened: DeltaTable
+    days: delta.AskedDays
     kept: ds.Expression
 
     def batches(self, columns: list[str]) -> Any:
         """Record batches in an order that is the same each time."""
-        return delta.scan(self.opened, self.table, columns, self.kept).to_batches()
+        return self._scan(columns, self.kept).to_batches()
 
     def rows(self, columns: list[str], buckets: Array) -> pa.Table:
         kept = self.kept & ds.field("user_bucket").isin(pa.array(buckets))
-        return delta.scan(self.opened, self.table, columns, kept).to_table()
+        return self._scan(columns, kept).to_table()
+
+    def _scan(self, columns: list[str], kept: ds.Expression) -> ds.Scanner:
+        return delta.scan(self.opened, self.table, columns, kept, days=self.days)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,5 @@ def main(args: Args) -> dict[str, Any]:
 
 def num_sampled(lake: str, table: tables.Table, days: Days, version: int) -> int:
     """Sampled negatives among the days' rows; one column is read, and never held whole."""
-    day = ds.field("event_date")
-    kept = (day >= days.start) & (day < days.end) & ds.field("is_sampled")
-    opened = delta.open_table(lake, table, version)
-    return int(delta.scan(opened, table, ["is_sampled"], kept).count_rows())
+    opened, kept = delta.open_table(lake, table, version), ds.field("is_sampled")
+    return int(delta.scan(opened, table, ["is_sampled"], kept, days=days).count_rows())

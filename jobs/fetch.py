@@ -6,7 +6,7 @@ import logging
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +140,9 @@ def _readable(domain: Domain, lake: str, user_id: int, days: Days) -> dict[int, 
     if not delta.exists(lake, table):
         return {}
     wanted = ["instance_id", "item_key", *(f.stream_column for f in domain.side_features)]
-    kept = (ds.field("user_id") == user_id) & (ds.field("event_date") < days.end)
-    rows = delta.scan(delta.open_table(lake, table), table, wanted, kept).to_table().to_pylist()
+    opened, until = delta.open_table(lake, table), Days(date.min, days.end)
+    kept = ds.field("user_id") == user_id
+    rows = delta.scan(opened, table, wanted, kept, days=until).to_table().to_pylist()
     return {row.pop("instance_id"): row for row in rows}
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -31,6 +31,9 @@ from pipelines.schema_changes import added, check_all, check_meanings
 from pipelines.tables import FEATURE, Table
 
 Written = TypeVar("Written")
+
+AskedDays = Days | Collection[date] | None
+"""A range, or some days; None: all of a table's."""
 
 MAX_TRIES = 8
 ROW_GROUP = 32_768
@@ -170,26 +173,27 @@ def read(
 
     A feature that came later reads as missing in the days before it.
     """
-    filters: list[tuple[str, str, Any]] = []
-    if days is not None:
-        filters += [("event_date", ">=", days.start), ("event_date", "<", days.end)]
-    if line is not None:
-        filters.append(("compressor_line", "=", line))
+    kept = ds.field("compressor_line") == line if line is not None else None
     opened = open_table(lake, table, version)
     wanted = list(columns) if columns is not None else list(table.schema.names)
     order = [c for c in ("event_date", *table.sort_by) if c in table.schema.names]
     hidden = [c for c in order if c not in wanted]
-    rows = scan(opened, table, [*wanted, *hidden], _expression(filters)).to_table()
+    rows = scan(opened, table, [*wanted, *hidden], kept, days=days).to_table()
     rows = rows.sort_by([(c, "ascending") for c in order]) if order else rows
     schema = pa.schema([table.schema.field(c) for c in wanted])
     return rows.select(wanted).cast(schema)
 
 
 def scan(
-    opened: DeltaTable, table: Table, columns: Sequence[str], kept: ds.Expression | None = None
+    opened: DeltaTable,
+    table: Table,
+    columns: Sequence[str],
+    kept: ds.Expression | None = None,
+    *,
+    days: AskedDays = None,
 ) -> ds.Scanner:
-    """Declared columns of the rows that `kept` keeps, in no order; a feature that came later reads
-    as missing (`Table.missing`) in the days before it.
+    """Declared columns of the rows of `days` that `kept` keeps, in no order; a feature that came
+    later reads as missing (`Table.missing`) in the days before it.
 
     InputError where a stored feature means something else than declared.
     """
@@ -200,18 +204,20 @@ def scan(
         if missing is not None:
             value = pc.coalesce(value, pa.scalar(missing, table.schema.field(column).type))
         values[column] = value
-    return dataset(opened, table).scanner(columns=values, filter=kept)
+    return dataset(opened, table, days).scanner(columns=values, filter=kept)
 
 
-def dataset(opened: DeltaTable, table: Table) -> ds.FileSystemDataset:
+def dataset(opened: DeltaTable, table: Table, days: AskedDays = None) -> ds.FileSystemDataset:
     """The table's files; where a feature's column came later, or is not there yet, it is null."""
-    found = files(opened)
+    found = files(opened, days)
     new = [table.schema.field(column) for column in added(table, stored_meanings(opened))]
     return found.replace_schema(pa.schema([*found.schema, *new])) if new else found
 
 
-def files(opened: DeltaTable) -> ds.FileSystemDataset:
-    """The table's files as they are stored, on a local disk read without Python.
+def files(opened: DeltaTable, days: AskedDays = None) -> ds.FileSystemDataset:
+    """The files of `days` as they are stored, on a local disk read without Python.
+
+    Days cost nothing that are not asked for, where a filter of rows would look at each.
 
     The file system of delta-rs, which an object store keeps, asks Python for every read
     (`duck.register`).
@@ -219,7 +225,17 @@ def files(opened: DeltaTable) -> ds.FileSystemDataset:
     place, system = urlsplit(opened.table_uri), None
     if place.scheme == "file":
         system = SubTreeFileSystem(url2pathname(place.path), LocalFileSystem())
-    return opened.to_pyarrow_dataset(filesystem=system)
+    return opened.to_pyarrow_dataset(filesystem=system, file_pruning_predicate=_of(days))
+
+
+def _of(days: AskedDays) -> str | None:
+    """Days as a predicate on `event_date`, by which each table of days is partitioned."""
+    if days is None:
+        return None
+    if isinstance(days, Days):
+        return days.predicate()
+    names = ", ".join(f"'{day}'" for day in sorted(days))
+    return f"event_date IN ({names})"
 
 
 def stored_meanings(opened: DeltaTable) -> dict[str, str | None]:
@@ -315,7 +331,6 @@ def rewrite(
     Days are read one at a time, in order. What another writer commits to them meanwhile is a
     conflict, after which `changed` gives a new function and all are read again.
     """
-    names = ", ".join(f"'{day}'" for day in sorted(days))
 
     def write() -> None:
         opened, change = evolve(lake, table, commit=commit), changed()
@@ -331,7 +346,7 @@ def rewrite(
                 opened,
                 pa.RecordBatchReader.from_batches(table.schema, batches),
                 mode="overwrite",
-                predicate=f"event_date IN ({names})",
+                predicate=_of(days),
                 commit_properties=_said(commit),
                 writer_properties=WRITER,
             )
@@ -355,7 +370,7 @@ def ensure_properties(lake: str, table: Table, wanted: Mapping[str, str]) -> Non
 
 
 def _day(opened: DeltaTable, table: Table, day: date) -> pa.Table:
-    rows = scan(opened, table, table.schema.names, ds.field("event_date") == day).to_table()
+    rows = scan(opened, table, table.schema.names, days=[day]).to_table()
     order = dict.fromkeys((*table.partition_by, *table.sort_by))
     return rows.cast(table.schema).sort_by([(name, "ascending") for name in order])
 
@@ -417,12 +432,3 @@ def _as_ours(error: Exception, what: str) -> Exception:
     if any(sign in text for sign in ("Permission denied", "Read-only", "Not a directory")):
         return InputError(f"{what}: {text}; choose another --lake, or change who may write to it")
     return error
-
-
-def _expression(filters: list[tuple[str, str, Any]]) -> Any:
-    expression = None
-    for name, operator, value in filters:
-        column = ds.field(name)
-        clause = {"=": column == value, ">=": column >= value, "<": column < value}[operator]
-        expression = clause if expression is None else expression & clause
-    return expression

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from compressor import data as streams
@@ -420,9 +421,10 @@ def test_a_writer_of_the_old_file_that_is_overtaken_by_a_new_one_is_refused(
     delta.replace(lake, first, rows_of(first, FIRST, 0), one(FIRST), commit=COMMIT)
     evolve = delta.evolve
 
-    def overtaken(lake: str, asked: tables.Table, *, commit: dict[str, str]) -> None:
-        evolve(lake, asked, commit=commit)
+    def overtaken(lake: str, asked: tables.Table, *, commit: dict[str, str]) -> DeltaTable:
+        opened = evolve(lake, asked, commit=commit)
         evolve(lake, table, commit=commit)
+        return opened
 
     monkeypatch.setattr(delta, "evolve", overtaken)
     with pytest.raises(InputError, match="'brand' is stored and the domain file has it no longer"):
