@@ -29,7 +29,6 @@ class Newest(NamedTuple):
     mask_BL: Tensor
     gap_s_BL: Tensor
     token_BLD: Tensor
-    """Width 0 where tokens were not asked for."""
     token_mask_BL: Tensor
 
 
@@ -50,24 +49,21 @@ def positions(
 
 def newest(
     held: SegmentTensors, times_N: Tensor, key_B: Tensor, num_B: Tensor, moment_B: Tensor,
-    length: int, tokens: tuple[Tensor, Tensor] | None = None,
+    token_ND: Tensor, available_us_N: Tensor, length: int,
 ) -> Newest:  # fmt: skip
-    """The last rows of each key's first `num`, left-padded, and what they hold of `tokens`
-    (token_ND, available_us_N): as `SegmentTensors.newest`, `IndexStore.gap_s_at` and
-    `IndexStore.tokens_at` have it."""
+    """The last rows of each key's first `num`, left-padded, and their tokens: as
+    `SegmentTensors.newest`, `IndexStore.gap_s_at` and `IndexStore.tokens_at` have it."""
     num, device = len(key_B), key_B.device
     row_BL = torch.empty((num, length), dtype=torch.int64, device=device)
     mask_BL, token_mask_BL = torch.empty((2, num, length), dtype=torch.bool, device=device)
     gap_s_BL = torch.empty((num, length), dtype=torch.float32, device=device)
-    token_ND, available_us_N = tokens or (gap_s_BL.new_empty(0, 0), times_N)
     width = token_ND.shape[1]
     token_BLD = token_ND.new_empty(num, length, width)
     if row_BL.numel():
-        block = ROWS if width else STEPS
-        _newest[(num, triton.cdiv(length, block))](
+        _newest[(num, triton.cdiv(length, ROWS))](
             held.begin, times_N, key_B, num_B, moment_B, token_ND, available_us_N, row_BL, mask_BL,
-            gap_s_BL, token_BLD, token_mask_BL, length, tokens is not None, width,
-            triton.next_power_of_2(max(width, 1)), block,
+            gap_s_BL, token_BLD, token_mask_BL, length, width,
+            triton.next_power_of_2(max(width, 1)), ROWS,
         )  # fmt: skip
     return Newest(row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL)
 
@@ -139,7 +135,7 @@ def _positions(
 def _newest(
     begin_K, time_N, key_B, num_B, moment_B, token_ND, available_N, row_BL, mask_BL, gap_s_BL,
     token_BLD, token_mask_BL, length,
-    HAS_TOKENS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0).to(tl.int64)
     step = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -154,10 +150,9 @@ def _newest(
     tl.store(row_BL + at, tl.where(is_event, row, -1), is_step)
     tl.store(mask_BL + at, is_event, is_step)
     tl.store(gap_s_BL + at, tl.where(is_event, gap_s, 0.0), is_step)
-    if HAS_TOKENS:
-        is_published = is_event & (tl.load(available_N + row, is_event, 0) < moment)
-        tl.store(token_mask_BL + at, is_published, is_step)
-        _copy(token_ND, row, is_published, token_BLD, at, is_step, WIDTH, COLUMNS)
+    is_published = is_event & (tl.load(available_N + row, is_event, 0) < moment)
+    tl.store(token_mask_BL + at, is_published, is_step)
+    _copy(token_ND, row, is_published, token_BLD, at, is_step, WIDTH, COLUMNS)
 
 
 @triton.jit

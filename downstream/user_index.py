@@ -312,8 +312,8 @@ class IndexStore:
         as_of_B = as_of_us.to(self.device).contiguous()
         if self.kernels:
             row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL = self.kernels.newest(
-                self.users, self.columns["event_time_us"], user_B, num_B, as_of_B, length,
-                (self.token_ND, self.available_us_N),
+                self.users, self.columns["event_time_us"], user_B, num_B, as_of_B, self.token_ND,
+                self.available_us_N, length,
             )  # fmt: skip
         else:
             row_BL, mask_BL = self.newest(user_B, num_B, length)
