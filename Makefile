@@ -20,7 +20,7 @@ quickstart: setup ## the whole chain on a real grocery log, from nothing to repo
 	@.venv/bin/iat quickstart $(ARGS)
 
 test: setup ## the tests (ARGS='-k days' runs some)
-	@.venv/bin/python -m pytest -n 2 --dist loadfile --max-worker-restart 0 $(ARGS)
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 check: setup ## ruff, format, mypy strict, import contracts
 	@.venv/bin/ruff check

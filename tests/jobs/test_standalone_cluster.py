@@ -13,7 +13,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs.cli import run
@@ -23,29 +22,18 @@ from tests.processes import children, is_running
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Two days in one commit, then the second day again with other values.
-REPLACE_TWICE = """
+# All days, then the second again; and who does the work.
+BUILD = """
 import sys
-from datetime import date
 import pyarrow as pa
-from pyspark.sql import functions as F
-from jobs.spark import SparkTables, session
-from pipelines.days import Days
-from pipelines.tables import Table
+from jobs.cli import run
+from jobs.spark import session
 
-master, lake = sys.argv[1:]
-spark = session(master, app="cluster test", memory="1g")
-schema = pa.schema({"id": pa.int64(), "value": pa.int32(), "event_date": pa.date32()})
-table = Table("clicks", schema, ("id",), ("event_date",), ("id",))
-rows = spark.range(1000, numPartitions=2).select(
-    F.col("id"),
-    F.lit(1).alias("value"),
-    F.date_add(F.lit(date(2026, 1, 1)), (F.col("id") % 2).cast("int")).alias("event_date"),
-)
-tables = SparkTables(spark, lake)
-tables.replace(table, rows, Days(date(2026, 1, 1), date(2026, 1, 3)), commit={})
-second = rows.where("event_date = '2026-01-02'").withColumn("value", F.lit(2))
-tables.replace(table, second, Days(date(2026, 1, 2), date(2026, 1, 3)), commit={})
+domain, lake, master = sys.argv[1:]
+flags = ["--domain", domain, "--lake", lake, "--master", master]
+for days in ([], ["--start", "2026-01-02", "--end", "2026-01-03"]):
+    if run(["build", *flags, *days]):
+        sys.exit("build")
 
 
 def this_python(batches):
@@ -53,20 +41,10 @@ def this_python(batches):
         yield pa.RecordBatch.from_pydict({"python": [sys.executable]})
 
 
+spark = session(master)
 pythons = spark.range(4, numPartitions=4).mapInArrow(this_python, "python string").distinct()
 num_executors = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1
-print(tables.read(table).count(), pythons.collect()[0]["python"] == sys.executable, num_executors)
-"""
-
-BUILD = """
-import sys
-from jobs.cli import run
-
-domain, lake, master = sys.argv[1:]
-flags = ["--domain", domain, "--lake", lake, "--master", master]
-for command in ("build-instances", "build-streams", "build-samples"):
-    if run([command, *flags]):
-        sys.exit(command)
+print(pythons.collect()[0]["python"] == sys.executable, num_executors)
 """
 
 SHOP = """
@@ -98,26 +76,6 @@ with local_cluster(num_workers=1) as master:
 
 
 @pytest.mark.slow
-def test_days_are_replaced_on_a_cluster_as_on_one_machine(
-    spark_cluster: str, tmp_path: Path
-) -> None:
-    lake = tmp_path / "lake"
-    done = subprocess.run(
-        [sys.executable, "-c", REPLACE_TWICE, spark_cluster, str(lake)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.stdout.split() == ["1000", "True", "2"], done.stderr
-    rows = DeltaTable(str(lake / "clicks")).to_pyarrow_table().group_by(["event_date", "value"])
-    counts = rows.aggregate([("id", "count")]).sort_by("event_date")
-    assert counts["value"].to_pylist() == [1, 2]
-    assert counts["id_count"].to_pylist() == [500, 500]
-
-
-@pytest.mark.slow
 def test_the_commands_give_the_same_rows_on_a_cluster_as_on_one_machine(
     spark_cluster: str, spark: SparkSession, tmp_path: Path
 ) -> None:
@@ -136,8 +94,7 @@ def test_the_commands_give_the_same_rows_on_a_cluster_as_on_one_machine(
                "--master", master]
         for name, master in places.items()
     }  # fmt: skip
-    for command in ("build-instances", "build-streams", "build-samples"):
-        assert run([command, *flags["one"]]) == 0
+    assert run(["build", *flags["one"]]) == 0
     done = subprocess.run(
         [sys.executable, "-c", BUILD, *flags["many"][1::2]],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=400,
@@ -145,6 +102,7 @@ def test_the_commands_give_the_same_rows_on_a_cluster_as_on_one_machine(
     assert done.returncode == 0, done.stderr
     assert "clientserver" not in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stdout.split()[-2:] == ["True", "2"]
     domain = load(str(tmp_path / "shop.toml"))
     declared = (
         tables.instances, tables.temporal_order, tables.user_order, tables.histories,
