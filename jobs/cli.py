@@ -123,8 +123,8 @@ JSON_KEYS: Mapping[str, str] = {
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "
     "rows_per_s, config, training, input_versions, manifest, user_share, user_seed",
-    "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, lines, "
-    "windows (rows by window), settings, missing, seconds",
+    "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, "
+    "manifest, lines, windows (rows by window), settings, missing, seconds",
     "forget": "domain, users, rows (by table), item_token_days (by line), compressors, "
     "rankers (folder by name), indexes, old_statistics",
     "vacuum": "tables (by name: files, bytes), kept (by table and manifest), not_kept (by table), "

@@ -15,13 +15,18 @@ import pyarrow as pa
 from jobs import full_comparison, ledger, report
 from jobs.comparison import ALL_USERS_ARMS, FULL_ARMS, VARIANT_ARMS, Arm, SplitBy
 from jobs.full_comparison import Plan, print_windows
+from jobs.repeated import as_args, repeated
 from jobs.train_compressor import device_of
-from pipelines import delta, tables
+from pipelines import delta, manifests, tables
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.errors import InputError
+from pipelines.manifests import Manifest
 
 log = logging.getLogger(__name__)
+
+ABOUT_PLACE = ("domain", "lake", "out", "manifest", "device", "limit_s", "dry_run")
+"""Arguments that say where and on what, never what is read or trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,8 @@ class Args:
 
     Reads the user-order stream of a built lake; tokens stay in OUT, beside everything that is
     finished, so that a run that was cut goes on where it was. Prints one table per window and
-    writes OUT/report.json and OUT/report.html.
+    writes OUT/report.json, OUT/report.html, and OUT/manifest.json, by which --manifest repeats the
+    runs and vacuum keeps what they read.
     """
 
     domain: str
@@ -60,6 +66,9 @@ class Args:
     """cpu, cuda, or auto: cuda where there is one."""
     limit_s: float | None = None
     """Wait for no result after so many seconds: report what is there."""
+    manifest: Path | None = None
+    """Repeat the runs of this OUT/manifest.json: its arguments, over the table version they read.
+    """
     dry_run: bool = False
     """Say what would be compared, and stop."""
 
@@ -72,8 +81,15 @@ class Args:
 
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
-    plan = plan_of(args, domain)
-    days, version = delta.days_of(args.lake, tables.user_order(domain))
+    held, digest = repeated(args.manifest, args.lake, "compare", domain)
+    if held is not None:
+        given = {name: getattr(args, name) for name in ABOUT_PLACE}
+        args = Args(**given, **as_args(held.args))
+    plan, stream = plan_of(args, domain), tables.user_order(domain)
+    if held is None:
+        days, version = delta.days_of(args.lake, stream)
+    else:
+        days, version = held.span, held.tables[stream.name]
     if args.dry_run:
         names = [arm.name for arm in plan.arms]
         sys.stdout.write(
@@ -83,15 +99,35 @@ def main(args: Args) -> dict[str, Any]:
         )
         return {"domain": domain.name, "arms": names, "days": str(days)}
 
+    # Compressors of an arm may read all users, whatever the ranker's share.
+    manifest = Manifest.of(
+        "compare", args, ABOUT_PLACE, domain=domain.name, config=ledger.file_of(domain),
+        code=ledger.code_version(), tables={stream.name: version},
+        days=[str(days.start), str(days.end)], user_share=1.0, user_seed=0, more=plan.settings(),
+    )  # fmt: skip
+    if held is not None and held != manifest:
+        raise InputError(
+            f"--manifest {args.manifest}: the settings of compressors or rankers have changed "
+            "since it was written; compare without --manifest"
+        )
+    read = ""
+
     def rows() -> pa.Table:
-        return delta.read(args.lake, tables.user_order(domain), days, version=version)
+        nonlocal read
+        found = delta.read(args.lake, stream, days, version=version)
+        read = manifests.digest(found)
+        manifests.check_digest(read, digest)
+        return found
 
     with ledger.job(args.lake, "compare", args) as run:
+        manifests.register(args.lake, manifest, str(args.out.absolute()))
         found = full_comparison.run(plan, rows, args.out, limit_s=args.limit_s)
+        manifests.write(args.out, manifest, read)
         run.add(rows=found["samples"])
         run.figures |= {"windows": found["windows"]}
     found["days"] = str(days)
-    found["input_versions"] = {tables.user_order(domain).name: version}
+    found["input_versions"] = {stream.name: version}
+    found["manifest"] = manifest.name
     report.write_report(args.out / "report.html", page_of(found))
     sys.stdout.write(f"{print_windows(found)}\nreport: {args.out / 'report.html'}\n")
     return found

@@ -233,9 +233,8 @@ def ranked(lake: str, domain: Domain, seen: Mapping[int, frozenset[date]]) -> di
     found = {}
     for manifest, place in manifests.live(lake, domain.name):
         kept = users_kept(ids, manifest.user_share, manifest.user_seed)
-        days = Days(*map(date.fromisoformat, manifest.days))
-        had_days = [any(day in days for day in seen[int(user)]) for user in ids]
-        if manifest.job == "train-ranker" and (kept & np.asarray(had_days, bool)).any():
+        had_days = [any(day in manifest.span for day in seen[int(user)]) for user in ids]
+        if manifest.job != "train-compressor" and (kept & np.asarray(had_days, bool)).any():
             found[manifest.name] = place
     return found
 

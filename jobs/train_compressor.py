@@ -139,7 +139,7 @@ def train(
     if held is None:
         days, version = delta.days_of(args.lake, stream, start, args.end)
     else:
-        days, version = Days(*map(date.fromisoformat, held.days)), held.tables[stream.name]
+        days, version = held.span, held.tables[stream.name]
     first = parent["start"] if parent else days.start
     training = TrainingConfig(seed=args.seed, epochs=args.epochs, window_days=_window(args, parent))
     # A walk that goes on needs earlier days too: as context and for replay.

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError
 
 from pipelines import delta, tables
+from pipelines.days import Days
 from pipelines.errors import InputError
 
 FILE = "manifest.json"
@@ -54,6 +56,10 @@ class Manifest:
         kept = {k: v for k, v in asdict(args).items() if k not in left_out}
         plain: dict[str, Any] = json.loads(json.dumps({"args": kept, **given}, default=str))
         return cls(job=job, **plain)
+
+    @property
+    def span(self) -> Days:
+        return Days(*map(date.fromisoformat, self.days))
 
     @property
     def name(self) -> str:

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from compressor.configs import SourceConfig, TrainingConfig
 from downstream.configs import RankerConfig, RankerTraining
 from downstream.samples import Samples
-from jobs import cli, compare, full_comparison, prepared
+from jobs import cli, compare, full_comparison, prepared, vacuum
 from jobs.compare import Args
 from jobs.comparison import FULL_ARMS, VARIANT_ARMS, Arm, border, window
 from jobs.full_comparison import Crew, Plan, Results, Task, Workspace
-from pipelines import delta, tables
+from pipelines import delta, manifests, tables
 from pipelines.domain import Domain, parse
 from pipelines.errors import InputError
 from pipelines.features import FeatureArrays
@@ -229,6 +230,42 @@ def test_a_dry_run_names_the_variants_and_writes_nothing(
     printed = capsys.readouterr().out
     assert all(arm.name in printed for arm in VARIANT_ARMS)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_is_repeated_over_what_it_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_this_process(plan: Plan, results: Results, *tasks: Any) -> None:
+        workspace = Workspace(plan, results.folder)
+        for task in [*tasks[1], *tasks[2]]:
+            workspace.run(task)
+
+    monkeypatch.setattr(full_comparison, "_run_tasks", in_this_process)
+    monkeypatch.setattr(compare, "load_domain", lambda name: tiny())
+    monkeypatch.setattr(
+        compare, "plan_of", lambda args, _: plan_of(arms=ARMS[:1], seeds=tuple(range(args.seeds)))
+    )
+    lake, table = str(tmp_path / "lake"), tables.user_order(tiny())
+
+    def made(out: str, **more: Any) -> dict[str, Any]:
+        place = tmp_path / out
+        return compare.main(Args(domain="tiny", lake=lake, out=place, device="cpu", **more))
+
+    rows = stream_rows(tiny())
+    delta.replace(lake, table, rows, None, commit={})
+    first = made("first", seeds=1)
+    at = rows.schema.get_field_index("label_buy")
+    turned = pc.subtract(1, rows["label_buy"]).cast(pa.int8())
+    delta.replace(lake, table, rows.set_column(at, "label_buy", turned), None, commit={})
+    kept = vacuum.main(vacuum.Args(lake=lake, retention_hours=0))["kept"]
+    assert list(kept[table.name]) == [first["manifest"]]
+    manifest = tmp_path / "first" / "manifest.json"
+    again = made("again", manifest=manifest)
+    assert told(again) == told(first) != told(made("anew", seeds=1))
+    assert manifests.read(tmp_path / "again") == manifests.read(manifest)
+    vacuum.main(vacuum.Args(lake=lake, retention_hours=0, release=(first["manifest"],)))
+    with pytest.raises(InputError, match="pins version"):
+        made("late", manifest=manifest)
 
 
 def test_a_run_at_its_limit_reports_what_is_there(tmp_path: Path) -> None:
