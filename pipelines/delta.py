@@ -218,10 +218,13 @@ def files(opened: DeltaTable, days: AskedDays = None) -> ds.FileSystemDataset:
     """The files of `days` as they are stored, on a local disk read without Python.
 
     Days cost nothing that are not asked for, where a filter of rows would look at each.
+    ValueError where the table is not partitioned by day.
 
     The file system of delta-rs, which an object store keeps, asks Python for every read
     (`duck.register`).
     """
+    if days is not None and "event_date" not in opened.metadata().partition_columns:
+        raise ValueError(f"{opened.table_uri} has no days: it is not partitioned by event_date")
     place, system = urlsplit(opened.table_uri), None
     if place.scheme == "file":
         system = SubTreeFileSystem(url2pathname(place.path), LocalFileSystem())
@@ -229,7 +232,7 @@ def files(opened: DeltaTable, days: AskedDays = None) -> ds.FileSystemDataset:
 
 
 def _of(days: AskedDays) -> str | None:
-    """Days as a predicate on `event_date`, by which each table of days is partitioned."""
+    """Days as a predicate on `event_date`."""
     if days is None:
         return None
     if isinstance(days, Days):

@@ -44,6 +44,9 @@ def test_files_of_days_not_asked_for_are_never_seen(tmp_path: Path, asked: Any) 
     }
     assert sorted(found.to_table()["value"].to_pylist()) == [2, 3, 8, 9]
     assert len(delta.files(DeltaTable(tmp_path / "t")).to_table()) == 12
+    write_deltalake(tmp_path / "whole", rows)
+    with pytest.raises(ValueError, match="not partitioned by event_date"):
+        delta.files(DeltaTable(tmp_path / "whole"), asked)
 
 
 def test_where_python_is_asked_duckdb_has_one_thread(tmp_path: Path) -> None:
