@@ -167,9 +167,11 @@ class Writer:
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
             if shape[0] < num_rows:
+                row_bytes = math.prod(shape[1:]) * dtype.itemsize
+                if row_bytes:
+                    new_bytes = (num_rows - shape[0]) * row_bytes
+                    os.posix_fallocate(file.fileno(), start + shape[0] * row_bytes, new_bytes)
                 shape = (num_rows, *shape[1:])
-                size = start + math.prod(shape) * dtype.itemsize
-                os.posix_fallocate(file.fileno(), 0, size)
                 header = io.BytesIO()
                 described = {
                     "descr": np.lib.format.dtype_to_descr(dtype),

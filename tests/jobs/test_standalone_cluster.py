@@ -47,6 +47,9 @@ num_executors = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 
 print(pythons.collect()[0]["python"] == sys.executable, num_executors)
 """
 
+# Of the default 200 tasks a shuffle nearly all would be empty here.
+FEW_TASKS = "-Dspark.sql.shuffle.partitions=8"
+
 SHOP = """
 name = "shop"
 source = {path = "log.parquet"}
@@ -95,9 +98,11 @@ def test_the_commands_give_the_same_rows_on_a_cluster_as_on_one_machine(
         for name, master in places.items()
     }  # fmt: skip
     assert run(["build", *flags["one"]]) == 0
+    options = f"{os.environ['SPARK_SUBMIT_OPTS']} {FEW_TASKS}"
     done = subprocess.run(
         [sys.executable, "-c", BUILD, *flags["many"][1::2]],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=400,
+        env=os.environ | {"SPARK_SUBMIT_OPTS": options},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "clientserver" not in done.stderr
