@@ -124,7 +124,7 @@ JSON_KEYS: Mapping[str, str] = {
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "
     "rows_per_s, config, training, input_versions, manifest, user_share, user_seed",
     "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, "
-    "manifest, lines, windows (rows by window), settings, missing, seconds",
+    "manifest, digest, lines, windows (rows by window), settings, missing, seconds",
     "forget": "domain, users, rows (by table), item_token_days (by line), compressors, "
     "rankers (folder by name), indexes, old_statistics",
     "vacuum": "tables (by name: files, bytes), kept (by table and manifest), not_kept (by table), "

@@ -110,19 +110,14 @@ def main(args: Args) -> dict[str, Any]:
             f"--manifest {args.manifest}: the settings of compressors or rankers have changed "
             "since it was written; compare without --manifest"
         )
-    read = ""
 
     def rows() -> pa.Table:
-        nonlocal read
-        found = delta.read(args.lake, stream, days, version=version)
-        read = manifests.digest(found)
-        manifests.check_digest(read, digest)
-        return found
+        return delta.read(args.lake, stream, days, version=version)
 
     with ledger.job(args.lake, "compare", args) as run:
         manifests.register(args.lake, manifest, str(args.out.absolute()))
-        found = full_comparison.run(plan, rows, args.out, limit_s=args.limit_s)
-        manifests.write(args.out, manifest, read)
+        found = full_comparison.run(plan, rows, args.out, limit_s=args.limit_s, digest=digest)
+        manifests.write(args.out, manifest, found["digest"])
         run.add(rows=found["samples"])
         run.figures |= {"windows": found["windows"]}
     found["days"] = str(days)

@@ -37,6 +37,7 @@ from jobs import comparison, prepared
 from jobs.comparison import BASE, LINES, Arm, Predictions, SplitBy
 from jobs.gang import Gang, News, Runner, Task, gpus
 from jobs.parent import end_with_parent
+from pipelines import manifests
 from pipelines.domain import Domain
 from pipelines.errors import InputError
 from pipelines.features import times_us
@@ -120,9 +121,10 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def claim(self, plan: Plan, rows: pa.Table) -> None:
-        """Make the folder this plan's; one that holds results of another plan is refused."""
-        _claim(self.folder, plan.settings() | {"rows": len(rows)})
+    def claim(self, plan: Plan, digest: str) -> None:
+        """Make the folder this plan's, over rows of this digest; one that holds results of another
+        plan, or over other rows, is refused."""
+        _claim(self.folder, plan.settings() | {"digest": digest})
 
     def path(self, task: Task) -> Path:
         kind = {"line": "lines", "arm": "arms"}[task.kind]
@@ -313,6 +315,7 @@ def run(
     crew: Crew | None = None,
     limit_s: float | None = None,
     data: Path | None = None,
+    digest: str = "",
 ) -> dict[str, Any]:
     """All lines, arms and seeds that the folder does not hold yet, each arm as soon as its line is
     there; returns the report's sections.
@@ -322,12 +325,15 @@ def run(
             settings may share; by default inside `folder`.
         limit_s: seconds after which no result is waited for and the report is made of what is
             there, which takes up to a minute more.
+        digest: that the rows must have (`manifests.digest`); empty: any.
     """
     started = time.perf_counter()
     results = Results(folder)
     data = data or folder / "data"
     rows = load_rows()
-    results.claim(plan, rows)
+    read = manifests.digest(rows)
+    manifests.check_digest(read, digest)
+    results.claim(plan, read)
     prepare(plan, rows, data)
     del rows
     log.info("data prepared in %.0f s", time.perf_counter() - started)
@@ -339,7 +345,7 @@ def run(
         crew = crew or crew_of(plan.device)
         _run_tasks(plan, results, data, waiting, blocked, crew, started, limit_s)
     report = report_of(plan, folder, data)
-    report["seconds"] = time.perf_counter() - started
+    report |= {"seconds": time.perf_counter() - started, "digest": read}
     _write_text(folder / "report.json", json.dumps(report, indent=1))
     return report
 
