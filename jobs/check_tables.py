@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, timedelta
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +18,19 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from jobs import progress
-from pipelines import delta, quality, tables
+from pipelines import delta, lines, quality, tables
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
-from pipelines.errors import CheckFailedError
+from pipelines.errors import CheckFailedError, InputError
 from pipelines.quality import Finding, Limits, Profile
 from pipelines.tables import Table
 from pipelines.token_format import CODEC_KEY, WIDTH_KEY, declared
 
 MOST_SHOWN = 40
 """Findings that are printed; --json holds all."""
+Part = Literal["instances", "streams", "samples", "tokens"]
+ALL: tuple[Part, ...] = ("instances", "streams", "samples", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,9 @@ class Args:
     """First day (UTC); empty: the instances' first."""
     end: date | None = None
     """The day after the last; empty: the instances' end."""
+    tables: tuple[Part, ...] = ALL
+    """Which: instances (with quarantine), streams (both orders and histories; drift), samples,
+    tokens (instance tokens and item tokens; days whose training a line has refused)."""
     warn_drift: float = Limits().warn_drift
     """Warn where a feature's values are further than this (Jensen-Shannon, bits, 0 to 1) from those
     of the week before."""
@@ -61,6 +67,8 @@ class Args:
 
     def __post_init__(self) -> None:
         _ = self.limits
+        if not self.tables:
+            raise InputError(f"--tables needs at least one of {', '.join(ALL)}")
 
     @property
     def limits(self) -> Limits:
@@ -120,15 +128,14 @@ class Reader:
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     days, version = delta.days_of(args.lake, tables.instances(domain), args.start, args.end)
-    check = Check(args.lake, domain, version, args.limits)
+    check = Check(args.lake, domain, version, args.limits, args.tables)
     bar = progress.bar(len(days), desc=f"check of {domain.name}", unit="day")
-    for day in Days(days.start - timedelta(days=quality.TRAILING_DAYS), days.start):
-        check.remember(day)
+    check.remember_week(days.start)
     for day in days:
         check.day(day)
         bar.update()
     bar.close()
-    failed = [each for each in check.found if not each.finding.is_warning]
+    failed = check.failed
     result = {
         "domain": domain.name,
         "days": str(days),
@@ -153,24 +160,28 @@ def main(args: Args) -> dict[str, Any]:
 class Check:
     """Goes over the days in order, keeping what the trailing week is remembered by."""
 
-    def __init__(self, lake: str, domain: Domain, version: int, limits: Limits) -> None:
-        self.domain, self.limits = domain, limits
+    def __init__(
+        self,
+        lake: str,
+        domain: Domain,
+        version: int,
+        limits: Limits,
+        parts: Collection[Part] = ALL,
+    ) -> None:
+        self.lake, self.domain, self.limits = lake, domain, limits
         self.found: list[Found] = []
+
+        def opened(part: Part, table: Table) -> Reader | None:
+            return Reader(lake, table) if part in parts and delta.exists(lake, table) else None
+
         self.instances = Reader(lake, tables.instances(domain), version)
-        self.temporal, self.user, self.histories, self.samples, self.quarantine = (
-            Reader(lake, made, None) if delta.exists(lake, made) else None
-            for made in (
-                tables.temporal_order(domain),
-                tables.user_order(domain),
-                tables.histories(domain),
-                tables.ranker_samples(domain),
-                tables.quarantine(domain),
-            )
-        )
-        self.tokens, self.items = (
-            Reader(lake, made, None) if delta.exists(lake, made) else None
-            for made in (tables.instance_tokens(domain.name), tables.item_tokens(domain.name))
-        )
+        self.temporal = opened("streams", tables.temporal_order(domain))
+        self.user = opened("streams", tables.user_order(domain))
+        self.histories = opened("streams", tables.histories(domain))
+        self.samples = opened("samples", tables.ranker_samples(domain))
+        self.quarantine = opened("instances", tables.quarantine(domain))
+        self.tokens = opened("tokens", tables.instance_tokens(domain.name))
+        self.items = opened("tokens", tables.item_tokens(domain.name))
         self.profiles: dict[str, dict[date, Profile]] = defaultdict(dict)
         self.norms: dict[str, dict[date, float]] = defaultdict(dict)
         for reader in (self.tokens, self.items):
@@ -187,6 +198,15 @@ class Check:
             self.quarantine, self.tokens, self.items,
         )  # fmt: skip
         return [reader for reader in made if reader is not None]
+
+    @property
+    def failed(self) -> list[Found]:
+        return [each for each in self.found if not each.finding.is_warning]
+
+    def remember_week(self, day: date) -> None:
+        """Keeps how the days before the first that is checked are spread."""
+        for before in Days(day - timedelta(days=quality.TRAILING_DAYS), day):
+            self.remember(before)
 
     def day(self, day: date) -> None:
         instances = self._rows(self.instances, day)
@@ -209,6 +229,9 @@ class Check:
                 rows = self._rows(reader, day, line)
                 missing = quality.differing("coverage", what, real, rows, key)
                 self._add(reader, day, missing, line)
+        for line in _lines(self.tokens, day):
+            assert self.tokens is not None  # it has a line
+            self._add(self.tokens, day, _refused(self.lake, line, day), line)
         self._week(day)
 
     def _week(self, day: date) -> None:
@@ -292,6 +315,16 @@ def _lines(reader: Reader | None, day: date) -> list[str]:
     """Compressor lines that have begun by a day and go on after it."""
     found = reader.lines if reader is not None else {}
     return [line for line, days in found.items() if line is not None and day in days]
+
+
+def _refused(lake: str, line: str, day: date) -> list[Finding]:
+    """That a line did not train on a day, by what it says of the version that wrote the day."""
+    found = []
+    for row in lines.ending(lake, line, Days(day, day + timedelta(days=1))):
+        if why := json.loads(row["metrics"]).get("refused"):
+            says = f"the day was not trained on, and yesterday's weights wrote its tokens: {why}"
+            found.append(Finding("refused", says, 1, []))
+    return found
 
 
 def _before(held: dict[date, Any], day: date) -> list[Any]:

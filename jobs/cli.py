@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.quickstart",
         "the whole chain on a real log: tables, compressors, rankers, leak proof, report",
     ),
+    "arrived": ("jobs.arrived", "is a day in the raw log? exit 1: not yet"),
     "init": ("jobs.init", "draft a domain file from a Parquet, CSV or Delta source"),
     "build": (
         "jobs.build",
@@ -60,6 +61,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.train_compressor",
         "train a source model; streaming: walk the days and write their tokens",
     ),
+    "walk-compressor": (
+        "jobs.walk_compressor",
+        "bring the approved line up to a day: what a daily run calls, with a gate",
+    ),
+    "approve": ("jobs.approve", "approve a compressor line, if it is not worse than the present"),
+    "rollback": ("jobs.rollback", "approve the line again that was approved before"),
     "write-tokens": ("jobs.write_tokens", "tokens of some days by a trained version"),
     "index": ("jobs.index", "keep a user index on disk: built once, extended by changed days"),
     "fetch": ("jobs.fetch", "a user's newest tokens strictly before a moment"),
@@ -100,6 +107,7 @@ retrying."""
 JSON_KEYS: Mapping[str, str] = {
     "quickstart": "domain, protocol, created_for, arms, lines, tokens, settings, lake, checks, "
     "timings (jobs/report.py says what each holds); --full: streaming, frozen, each as compare's",
+    "arrived": "domain, days, arrived, latest",
     "init": "file, name, num_features, fill_in, left_out",
     "build": "build-instances, build-streams, build-samples: each command's own",
     "build-instances": "domain, source, days, events, kept, quarantined, rules, forgotten, "
@@ -114,8 +122,11 @@ JSON_KEYS: Mapping[str, str] = {
     "day, line, level, rule, says, count, rows (some of them))",
     "lineage": "table, day, roots (table, version), commits (table, version, days, job, run, code, "
     "config, domain, line, compressor_version, source, made_of (table, version))",
-    "train-compressor": "line, version, days, rows, tokens, width, source_auc (streaming) or loss "
-    "(frozen)",
+    "train-compressor": "line, version, days, rows, tokens, width, source_auc, by_day "
+    "(streaming) or loss (frozen)",
+    "walk-compressor": "domain, line, days, walked, end, refused (why, by day), waits",
+    "approve": "domain, line, days, approved, earlier, evidence (rows, users, difference)",
+    "rollback": "domain, line, earlier",
     "write-tokens": "line, version, days, width, tokens",
     "index": "domain, index, was (missing, there, built, extended, unchanged), rows, lines, tables "
     "(versions)",

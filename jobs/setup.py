@@ -61,8 +61,8 @@ def set_up() -> None:
     STAMP.unlink(missing_ok=True)
     _make_environment()
     _install_packages()
-    _run([PYTHON, "-m", "jobs.jars"], "Java and Delta's jars")
-    _run([PYTHON, "-m", "jobs.class_archive"], "Java's class archive")
+    run([PYTHON, "-m", "jobs.jars"], "Java and Delta's jars")
+    run([PYTHON, "-m", "jobs.class_archive"], "Java's class archive")
     STAMP.write_text(stamp)
     say(f"done in {time.monotonic() - started:.0f} s")
 
@@ -156,7 +156,7 @@ def _install_packages() -> None:
     pip: list[str | Path] = [PYTHON, "-m", "pip"]
     quietly = ["--quiet", "--disable-pip-version-check", "--no-deps", "--require-hashes"]
     say("installing uv, which installs the rest")
-    _run([*pip, "install", *quietly, "-r", BOOTSTRAP_LOCK], "uv", OFFLINE)
+    run([*pip, "install", *quietly, "-r", BOOTSTRAP_LOCK], "uv", OFFLINE)
     say(
         f"installing {num_packages} packages from {LOCK.name} "
         f"(up to {NEEDED_GB} GB, most of it torch with CUDA; a minute or more)"
@@ -170,15 +170,15 @@ def _install_packages() -> None:
     at: list[str | Path] = ["--python", PYTHON, "--no-config"]
     # Its progress bars need a terminal; elsewhere it would print a line for each package.
     volume = [] if sys.stderr.isatty() else ["--quiet"]
-    _run([*uv, "sync", *volume, *at, "--require-hashes", LOCK], "packages", OFFLINE)
+    run([*uv, "sync", *volume, *at, "--require-hashes", LOCK], "packages", OFFLINE)
     say("installing this project, editable, with its command .venv/bin/iat")
-    _run(
+    run(
         [*uv, "install", "--quiet", *at, "--no-deps", "--no-build-isolation", "--editable", ROOT],
         "the project",
     )
 
 
-def _run(command: list[str | Path], what: str, advice: str = "") -> None:
+def run(command: list[str | Path], what: str, advice: str = "") -> None:
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         raise InputError(f"{what}: failed, for the reason above. {advice}".strip())

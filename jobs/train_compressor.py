@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from compressor import data as streams
-from compressor import versions
+from compressor import predictions, versions
 from compressor.configs import SourceConfig, TrainingConfig
 from compressor.data import StreamData
 from compressor.export import TokenWriter
+from compressor.gate import DayFigures, Gate
 from compressor.nn.embedding import Vocabulary
 from compressor.training import checkpoint, metrics
 from compressor.versions import Version
@@ -104,6 +105,16 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
+    return run_judged(args)
+
+
+def run_judged(
+    args: Args, gate: Gate | None = None, told: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The command; with a `gate`, which raises where a day must not be trained on, each day is a
+    version of its own. `told` goes into the versions' metrics.
+
+    RefusedError: nothing of that day has been written."""
     domain = load_domain(args.domain)
     held, digest = repeated(args.manifest, args.lake, "train-compressor", domain)
     if held is not None:
@@ -115,7 +126,7 @@ def main(args: Args) -> dict[str, Any]:
         ledger.job(args.lake, "train-compressor", args) as run,
         forgotten.kept_out(args.lake, domain) as gone,
     ):
-        result = train(args, domain, run, gone, held, digest)
+        result = train(args, domain, run, gone, held, digest, gate, told or {})
         run.add(rows=result["rows"], num_bytes=result["tokens"] * 2 * result["width"])
     return result
 
@@ -127,6 +138,8 @@ def train(
     gone: Collection[int],
     held: Manifest | None,
     digest: str,
+    gate: Gate | None,
+    told: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`gone`: users of whom nothing is read; `held`: the manifest of a run to repeat, and the
     digest of what it read."""
@@ -188,6 +201,7 @@ def train(
     commit = ledger.commit_of(run, domain, planned.input_versions, seed=str(args.seed))
 
     def save(version: Version, figures: Mapping[str, Any]) -> None:
+        figures = {**figures, **told}
         place = versions.save(args.lake, version, trainer, vocabulary, figures, commit)
         manifests.write(place, manifest, found)
 
@@ -202,7 +216,7 @@ def train(
         return {**summary, "version": name, **json.loads(lines.find(args.lake, name)["metrics"])}
     writer = TokenWriter(args.lake, domain, line, data, planned.config.bottleneck, commit)
     left = Days(done, days.end)
-    summary |= _streaming(trainer, data, left, args, writer, planned, save)
+    summary |= _streaming(trainer, data, left, args, writer, planned, save, gate)
     run.outputs |= writer.written
     return summary
 
@@ -335,12 +349,14 @@ def _streaming(
     writer: TokenWriter,
     planned: Version,
     save: Callable[[Version, Mapping[str, Any]], None],
+    gate: Gate | None,
 ) -> dict[str, Any]:
     results: list[DayResult] = []
     kept = users_kept(data.user_id, args.user_share, args.user_seed)
     bar = progress.bar(len(days), desc=f"compressor {planned.line}", unit="day")
     first_day = as_number(planned.start)
-    for chunk in days.chunks(FLUSH_DAYS):
+    for chunk in days.chunks(FLUSH_DAYS if gate is None else 1):
+        by_day: dict[str, Any] = {}
         for result in days_of_walk(
             trainer,
             data,
@@ -349,15 +365,21 @@ def _streaming(
             untrained=args.untrained,
             first_day=first_day,
         ):
+            found = day_figures(data, result)
+            if gate is not None:
+                gate(found)
+            by_day[str(as_date(result.day))] = found._asdict()
             writer.add(result)
             results.append(result)
             bar.update()
         writer.flush(chunk)
+        for result in results[-len(chunk) :]:
+            predictions.save(args.lake, planned.line, data, result)
         done = replace(planned, name=_day_version(planned.line, chunk.end), end=chunk.end)
-        save(done, {})
+        is_last = chunk.end == days.end
+        figures = {"by_day": by_day, **(source_metrics(data, results) if is_last else {})}
+        save(done, figures)
     bar.close()
-    figures = source_metrics(data, results)
-    save(done, figures)
     return {"version": done.name, "tokens": writer.num_tokens, **figures}
 
 
@@ -389,6 +411,23 @@ def source_metrics(data: StreamData, results: list[DayResult]) -> dict[str, Any]
     label = data.tensors.label_N.cpu().numpy()[row]
     known = ~np.isnan(label)
     return {"source_auc": float(metrics.auc(label[known], score[known]))}
+
+
+def day_figures(data: StreamData, result: DayResult) -> DayFigures:
+    """What the walk of one day tells of it."""
+    label = data.tensors.label_N.cpu().numpy()[result.row]
+    known = ~np.isnan(label)
+    label, logit = label[known], result.score[known].astype(np.float64)
+    positives = int((label == 1).sum())
+    return DayFigures(
+        float(metrics.auc(label, logit)),
+        float(np.logaddexp(0, np.where(label == 1, -logit, logit)).mean())
+        if len(label)
+        else np.nan,
+        result.loss,
+        positives,
+        len(label) - positives,
+    )
 
 
 def stream_days(lake: str, table: tables.Table) -> Days:

@@ -207,7 +207,7 @@ def open_log(data: str) -> Log:
     """
     connection = duckdb.connect()
     try:
-        kind = _open(connection, data)
+        kind = view(connection, data)
         connection.execute(
             "CREATE TEMP TABLE sampled AS "
             "SELECT *, row_number() OVER (ORDER BY hash(s)) AS shuffled "
@@ -222,8 +222,8 @@ def open_log(data: str) -> Log:
     return Log(path=data, format=kind, num_rows=num_rows, connection=connection)
 
 
-def _open(connection: duckdb.DuckDBPyConnection, data: str) -> Format:
-    """Make the view `log`; returns what it was made from."""
+def view(connection: duckdb.DuckDBPyConnection, data: str) -> Format:
+    """Make the view `log` of an event log; returns what it was made from."""
     path = Path(data)
     if "://" not in data and not path.exists():
         raise InputError(f"there is nothing at {data}; {HELP}")

@@ -207,6 +207,18 @@ def compressor_versions() -> Table:
     )
 
 
+def approvals() -> Table:
+    """The compressor line of a domain that daily runs walk and rankers are told to read, and those
+    it came after (newest first): a row a domain."""
+    columns = [
+        ("domain", pa.string()),
+        ("line", pa.string()),
+        ("earlier", pa.list_(pa.string())),
+        ("evidence", pa.string()),
+    ]
+    return Table("approvals", pa.schema(columns), ("domain",), ("domain",))
+
+
 def forgotten(domain: Domain) -> Table:
     """One user who was erased and may not come back: the hash, and nothing readable."""
     schema = pa.schema([("user_id", pa.int64())])
