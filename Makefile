@@ -1,13 +1,13 @@
 # Everything runs from a fresh clone: each target sets up what is missing first.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check faults bench lock
+.PHONY: help setup quickstart test check faults bench airflow airflow-stop test-airflow lock
 
 # The first Python that is new enough.
 PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.14 python3.11; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## the environment in .venv: packages, Java if there is none, Delta's jars
 	@if [ -z "$(PYTHON)" ]; then \
@@ -34,7 +34,17 @@ faults: setup ## every job killed, raced, reordered, out of disk and with wrong 
 bench: setup ## what the README claims of speed, measured (ONLY=day_cost, ARGS='--json FILE')
 	@.venv/bin/python -m benchmarks.$(or $(ONLY),day_cost) $(ARGS)
 
+# A folder for its database and logs, a file of settings, a port.
+AIRFLOW = .venv/bin/python -m jobs.airflow
+AT = "$(or $(AIRFLOW_HOME),lake/airflow/home)" "$(or $(SETTINGS),dags/settings.toml)" "$(or $(PORT),8080)"
+airflow: setup ## a local Airflow with the DAGs, in the background (SETTINGS=my.toml PORT=8090)
+	@$(AIRFLOW) start $(AT)
+
+airflow-stop: ## end it, and all that it started
+	@$(AIRFLOW) stop $(AT)
+
 # --universal: one file for every Python from 3.11 on; --no-emit-index-url: it names no host.
 LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: setup ## resolve requirements.lock again, within pyproject.toml's ranges
 	@$(LOCK) --upgrade --extra spark --extra torch --extra data --extra lineage --extra dev pyproject.toml --output-file requirements.lock
+	@$(LOCK) --upgrade --group airflow pyproject.toml --output-file requirements-airflow.lock

@@ -116,7 +116,15 @@ def main(args: Args) -> dict[str, Any]:
     result: dict[str, Any] = {
         "domain": domain.name,
         "days": str(days),
-        "steps": [{"days": str(step.days), "why": dict(step.why)} for step in every],
+        "steps": [
+            {
+                "days": str(step.days),
+                "start": str(step.days.start),
+                "end": str(step.days.end),
+                "why": dict(step.why),
+            }
+            for step in every
+        ],
         "without_instances": [str(day) for day in without],
         "without_streams": [str(day) for day in tokens.without],
         "estimate": guess._asdict(),

@@ -116,7 +116,7 @@ JSON_KEYS: Mapping[str, str] = {
     "build-samples": "domain, days, input_versions, rows, sampled",
     "status": "domain, days, tables (by group and line: right, again (reason by day)), quarantined "
     "(by day)",
-    "backfill": "domain, days, steps (days, why), without_instances, without_streams, "
+    "backfill": "domain, days, steps (days, start, end, why), without_instances, without_streams, "
     "estimate (rows, bytes, seconds), failed (by days)",
     "check": "domain, days, tables (versions), limits, passed, failed, warnings, findings (table, "
     "day, line, level, rule, says, count, rows (some of them))",

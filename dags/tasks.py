@@ -1,0 +1,122 @@
+"""A task is a command line: which operator runs it, in which pool, how often it is tried, and what
+the UI says of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from airflow.sdk import BaseOperator, XComArg
+from airflow.sdk.definitions.deadline import AsyncCallback, DeadlineAlert, DeadlineReference
+
+from dags.operators import IatOperator, IatSensor
+from dags.settings import Schedule, Settings
+
+Kind = Literal["light", "spark", "gpu"]
+POOLS: Mapping[Kind, str] = {"light": "default_pool", "spark": "iat_spark", "gpu": "iat_gpu"}
+"""Pools of one slot each (docs/airflow.md): one task at a time trains, one builds."""
+MOST_DELAY = timedelta(minutes=30)
+
+
+def defaults(settings: Settings) -> dict[str, Any]:
+    """default_args of every DAG."""
+    return {
+        "retries": settings.retries,
+        "retry_delay": timedelta(seconds=settings.retry_s),
+        "retry_exponential_backoff": True,
+        "max_retry_delay": MOST_DELAY,
+        "execution_timeout": timedelta(hours=settings.timeout_hours),
+    }
+
+
+def deadline(schedule: Schedule, what: str) -> DeadlineAlert:
+    """An alert where a run has not ended so long after it was queued."""
+    return DeadlineAlert(
+        reference=DeadlineReference.DAGRUN_QUEUED_AT,
+        interval=timedelta(hours=schedule.deadline_hours),
+        callback=AsyncCallback("dags.alerts.late", kwargs={"what": what}),
+    )
+
+
+def task(
+    settings: Settings,
+    task_id: str,
+    command: Sequence[str],
+    doc: str,
+    *,
+    kind: Kind = "light",
+    **more: Any,
+) -> BaseOperator:
+    """One command. What Spark runs goes where the setting `operator` says."""
+    if kind == "spark" and settings.operator == "spark-submit":
+        return _submitted(settings, task_id, command, doc, **more)
+    return IatOperator(
+        task_id=task_id,
+        iat=settings.iat,
+        command=with_master(settings, command) if kind == "spark" else command,
+        pool=POOLS[kind],
+        doc_md=described(settings, command, doc),
+        **more,
+    )
+
+
+def mapped(
+    settings: Settings, task_id: str, commands: XComArg, doc: str, *, kind: Kind, at_once: int
+) -> Any:
+    """One task a command of a list that an earlier task gives, so many at once."""
+    return IatOperator.partial(
+        task_id=task_id,
+        iat=settings.iat,
+        pool=POOLS[kind],
+        doc_md=doc,
+        max_active_tis_per_dagrun=at_once,
+        map_index_template="{{ task.command | join(' ') }}",
+    ).expand(command=commands)
+
+
+def sensor(
+    settings: Settings, schedule: Schedule, task_id: str, command: Sequence[str], doc: str
+) -> IatSensor:
+    """A wait for a command to say yes, in the triggerer."""
+    return IatSensor(
+        task_id=task_id,
+        iat=settings.iat,
+        command=command,
+        poke_interval=schedule.poll_s,
+        timeout=timedelta(hours=schedule.wait_hours).total_seconds(),
+        execution_timeout=None,
+        doc_md=described(settings, command, doc),
+    )
+
+
+def with_master(settings: Settings, command: Sequence[str]) -> list[str]:
+    return [*command, *(["--master", settings.master] if settings.master else [])]
+
+
+def described(settings: Settings, command: Sequence[str], doc: str) -> str:
+    """What the UI shows of a task."""
+    return f"{doc}\n\n    {Path(settings.iat).name} {shlex.join(map(str, command))}\n"
+
+
+def _submitted(
+    settings: Settings, task_id: str, command: Sequence[str], doc: str, **more: Any
+) -> BaseOperator:
+    """spark-submit on a connection, which says the master; the toolkit must be there."""
+    from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
+
+    python = Path(settings.iat).with_name("python")
+    for ours in ("skip_without", "only_if", "announces", "told"):
+        more.pop(ours, None)
+    return SparkSubmitOperator(
+        task_id=task_id,
+        conn_id=settings.spark_conn_id,
+        application=str(Path(__file__).parents[1] / "jobs" / "cli.py"),
+        application_args=list(command),
+        env_vars={"PYSPARK_PYTHON": str(python)},
+        pool=POOLS["spark"],
+        doc_md=described(settings, command, doc),
+        **more,
+    )
