@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from airflow.sdk import DAG, Asset
+from airflow.sdk import DAG, Asset, chain
 
 from dags.alerts import failed
 from dags.commands import DAY, Flag, job
@@ -96,14 +96,12 @@ def daily(settings: Settings, domain: str, file: Path) -> DAG:
             announces=tokens_of(domain),
             told=walked,
         )
-        chain = [build, check_instances, streams, check_streams, walk]
+        steps = [build, check_instances, streams, check_streams, walk]
         if schedule.wait_hours:
             arrived = job("arrived", *schedule.events, **where, **DAY)
             doc = "Until the raw log has come to the day."
-            chain.insert(0, sensor(settings, schedule, "wait_for_events", arrived, doc))
-        for before, after in zip(chain, chain[1:], strict=False):
-            before >> after
-        walk >> [check_tokens, index]
+            steps.insert(0, sensor(settings, schedule, "wait_for_events", arrived, doc))
+        chain(*steps, [check_tokens, index])
     return dag
 
 

@@ -28,6 +28,7 @@ from compressor.walk import DayResult, Trainer, fit, walk, window_start
 from jobs import ledger, progress
 from jobs.repeated import as_args, repeated
 from pipelines import delta, forgotten, lines, manifests, tables
+from pipelines.approvals import APPROVED
 from pipelines.days import Days, as_date, as_number
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -102,6 +103,11 @@ class Args:
             )
         if self.line:
             checked_line(self.line)
+        if APPROVED in (self.line, self.parent):
+            raise InputError(
+                f"{APPROVED!r} names whichever line is approved: `iat walk-compressor` goes on with "
+                "that; here name a line"
+            )
 
 
 def main(args: Args) -> dict[str, Any]:

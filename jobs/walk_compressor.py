@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Args(GateLimits):
-    """Walk a streaming line forward, a day at a time, up to --end: predict the day with yesterday's
-    weights, train on it, write its tokens once.
+    """Walk a streaming line forward, a day at a time: predict the day with yesterday's weights,
+    train on it, write its tokens once.
 
     A day is walked once its stream is there, holds what `iat check` asks of it, and every day
     before it has been walked; the line stops at the first that is not, says which and why, and
@@ -52,7 +52,7 @@ class Args(GateLimits):
     """First day that the caller asks for; of earlier ones nothing is said if they were walked
     before."""
     end: date
-    """The day after the last."""
+    """The day after the last that the caller asks for; later ones that are ready are walked too."""
     begin: date | None = None
     """First day (UTC) of a line begun now."""
     order: Literal["temporal", "user"] = "user"
@@ -91,10 +91,9 @@ def main(args: Args) -> dict[str, Any]:
     walked: list[date] = []
     refused: dict[str, str] = {}
     waits = ""
-    states = (
-        states_of(args.lake, domain, Days(line.end, args.end), None) if line.end < args.end else {}
-    )
-    for day in Days(line.end, args.end) if states else ():
+    days = Days(line.end, max(line.end, args.end, latest(args.lake, domain)))
+    states = states_of(args.lake, domain, days, None) if len(days) else {}
+    for day in days:
         waits = why_waiting(args.lake, domain, day, states)
         if waits or args.dry_run:
             break
@@ -121,6 +120,14 @@ def main(args: Args) -> dict[str, Any]:
     }
     sys.stdout.write(as_text(result))
     return result
+
+
+def latest(lake: str, domain: Domain) -> date:
+    """The day after the last of the streams; without any the first of all dates."""
+    table = tables.user_order(domain)
+    if not delta.exists(lake, table):
+        return date.min
+    return train_compressor.stream_days(lake, table).end
 
 
 def line_of(args: Args, domain: Domain) -> Line:
