@@ -9,7 +9,7 @@ from airflow.sdk import DAG, Param
 from dags.alerts import failed
 from dags.commands import Flag, job
 from dags.compat import CronDataIntervalTimetable
-from dags.daily import midnight
+from dags.daily import last_moment, midnight
 from dags.settings import Settings
 from dags.tasks import deadline, defaults, task
 
@@ -32,7 +32,7 @@ def compressor(settings: Settings, domain: str, file: Path) -> DAG:
         if schedule.retrain
         else None,
         start_date=midnight(schedule.start),
-        end_date=midnight(schedule.end) if schedule.end else None,
+        end_date=last_moment(schedule.end),
         catchup=False,
         max_active_runs=1,
         default_args=defaults(settings) | {"on_failure_callback": failed},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 
 from airflow.sdk import DAG, Asset, chain
@@ -30,7 +30,7 @@ def daily(settings: Settings, domain: str, file: Path) -> DAG:
         f"iat_daily_{domain}",
         schedule=CronDataIntervalTimetable(schedule.cron, timezone="UTC"),
         start_date=midnight(schedule.start),
-        end_date=midnight(schedule.end) if schedule.end else None,
+        end_date=last_moment(schedule.end),
         catchup=schedule.catchup,
         max_active_runs=1,
         default_args=defaults(settings) | {"on_failure_callback": failed},
@@ -105,6 +105,11 @@ def daily(settings: Settings, domain: str, file: Path) -> DAG:
     return dag
 
 
-def midnight(day: object) -> datetime:
+def midnight(day: date) -> datetime:
     """The first moment of a day, UTC."""
     return datetime.fromisoformat(f"{day}T00:00:00").replace(tzinfo=UTC)
+
+
+def last_moment(end: date | None) -> datetime | None:
+    """A run's days begin no later than this: `end` is the day after the last."""
+    return midnight(end) - timedelta(microseconds=1) if end else None

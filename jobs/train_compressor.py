@@ -105,8 +105,8 @@ class Args:
             checked_line(self.line)
         if APPROVED in (self.line, self.parent):
             raise InputError(
-                f"{APPROVED!r} names whichever line is approved: `iat walk-compressor` goes on with "
-                "that; here name a line"
+                f"{APPROVED!r} names whichever line is approved, and `iat walk-compressor` goes "
+                "on with that; here name a line"
             )
 
 

@@ -189,8 +189,8 @@ def test_a_line_waits_at_a_day_whose_check_fails(tmp_path: Path) -> None:
     daily(lake, range(2))
 
     def twice(rows: pa.Table) -> pa.Table:
-        return with_column(rows, "instance_id", pa.array([*rows["instance_id"].to_pylist()[:-1]] +
-                           [rows["instance_id"][0].as_py()]))  # fmt: skip
+        ids = rows["instance_id"].to_pylist()
+        return with_column(rows, "instance_id", pa.array([*ids[:-1], ids[0]]))
 
     build(lake, 2, twice)
     build(lake, 3)
