@@ -10,7 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -136,10 +135,10 @@ def load(
             if n.startswith("vocabulary.")
         }
     )
-    vocabulary = _union(old, newer) if newer is not None else old
+    vocabulary = old.union(newer) if newer is not None else old
     trainer = Trainer.create(version.config, version.training, domain, vocabulary, device)
-    rows = _moved_rows(old, vocabulary)
-    grown = {n: _grown(n, t, trainer, rows, old) for n, t in tensors.items()}
+    rows = vocabulary.rows_of(old)
+    grown = checkpoint.grown(tensors, trainer.model, trainer.optimizer, rows)
     try:
         trainer.restore(grown)
     except RuntimeError as error:
@@ -165,44 +164,6 @@ def _manifest(held: Mapping[str, Any]) -> Version:
     config, training = SourceConfig(**kept.pop("config")), TrainingConfig(**kept.pop("training"))
     start, end = (date.fromisoformat(kept.pop(key)) for key in ("start", "end"))
     return Version(**kept, start=start, end=end, config=config, training=training)
-
-
-def _union(old: Vocabulary, newer: Vocabulary) -> Vocabulary:
-    names = sorted({*old.buckets, *newer.buckets})
-    empty = np.zeros(0, np.int32)
-    return Vocabulary(
-        {
-            n: np.union1d(old.buckets.get(n, empty), newer.buckets.get(n, empty)).astype(np.int32)
-            for n in names
-        }
-    )
-
-
-def _moved_rows(old: Vocabulary, new: Vocabulary) -> torch.Tensor:
-    """The row in `new` of each row of `old`."""
-    starts = new.starts()
-    parts = [np.zeros(1, np.int64)]
-    parts += [starts[t] + np.searchsorted(new.buckets[t], b) for t, b in old.buckets.items()]
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _grown(
-    name: str, tensor: torch.Tensor, trainer: Trainer, rows: torch.Tensor, old: Vocabulary
-) -> torch.Tensor:
-    """Embedding-shaped tensors with rows for new ids: initial values for weights, zeros for
-    optimiser state."""
-    if (
-        tensor.dim() != 2
-        or len(tensor) != old.num_rows
-        or not name.startswith(("model.bank.", "average.", "optimizer."))
-    ):
-        return tensor
-    initial = trainer.model.bank.table.weight.detach().cpu().clone()
-    if tensor.shape[1] != initial.shape[1]:
-        return tensor
-    out = torch.zeros_like(initial) if name.startswith("optimizer.") else initial
-    out[rows] = tensor
-    return out
 
 
 def days_of(version: Version) -> Days:

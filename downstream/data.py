@@ -105,20 +105,16 @@ class RankerData:
         *,
         delay_us: int = 0,
         fields: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> RankerData:
-        """On the store's device; the vocabulary holds every id of the samples and of the index."""
+        """On the store's device; the vocabulary (None: of all samples and of the whole index) gives
+        each id its row."""
         index = store.index.arrays
         if fields and "ids" not in index:
             raise InputError("the index holds no logged fields; build it with fields=True")
-        side_ids = [index[f.stream_column] for f in inputs.side.features]
-        side_NF = np.stack(side_ids, 1) if side_ids else np.zeros((store.num_rows, 0), np.int32)
-        known = [(inputs.request, samples.request.ids), (inputs.candidate, samples.candidate.ids)]
-        events = slice(None) if store.index.is_compact else store.index.rows
-        known.append((inputs.side, side_NF[events]))
-        known += [(inputs.fields, np.asarray(index["ids"])[events])] if fields else []
-        vocabulary = Vocabulary.empty()
-        for layout, ids in known:
-            vocabulary = vocabulary.extended(layout.slot_tables, ids)
+        side_NF = _side_ids(inputs, store)
+        if vocabulary is None:
+            vocabulary = vocabulary_of(inputs, samples, store, fields=fields)
         pieces = Pieces.of(samples)
         order, first_G = pieces.order, pieces.order[pieces.request_start]
 
@@ -280,15 +276,48 @@ class RankerData:
         return mask_RL & (available_RL < as_of_R[:, None])
 
 
-def match_of(samples: Samples, inputs: RankerInputs, store: IndexStore) -> Tensor:
-    """[n, M] match features of the samples' candidates, on the store's device."""
+def vocabulary_of(
+    inputs: RankerInputs,
+    samples: Samples,
+    store: IndexStore,
+    *,
+    fields: bool = False,
+    older: Vocabulary | None = None,
+    before_us: int | None = None,
+) -> Vocabulary:
+    """`older` with every id of the samples and of the index's events (before a moment)."""
+    index, side_NF = store.index.arrays, _side_ids(inputs, store)
+    known = [(inputs.request, samples.request.ids), (inputs.candidate, samples.candidate.ids)]
+    events = slice(None) if store.index.is_compact else store.index.rows
+    if before_us is not None:
+        rows = store.index.rows
+        events = rows[index["event_time_us"][rows] < before_us]
+    known.append((inputs.side, side_NF[events]))
+    known += [(inputs.fields, np.asarray(index["ids"])[events])] if fields else []
+    vocabulary = older or Vocabulary.empty()
+    for layout, ids in known:
+        vocabulary = vocabulary.extended(layout.slot_tables, ids)
+    return vocabulary
+
+
+def _side_ids(inputs: RankerInputs, store: IndexStore) -> Array:
+    """[N, F] The events' side fields, as hash buckets."""
+    found = [store.index.arrays[f.stream_column] for f in inputs.side.features]
+    return np.stack(found, 1) if found else np.zeros((store.num_rows, 0), np.int32)
+
+
+def match_of(
+    samples: Samples, inputs: RankerInputs, store: IndexStore, index: MatchIndex | None = None
+) -> Tensor:
+    """[n, M] match features of the samples' candidates, on the store's device; `index`: the
+    store's, where it is there already."""
     slots = inputs.candidate.slots
     side = {
         f.stream_column: torch.from_numpy(samples.candidate.ids[:, slots[f.name].start])
         for f in inputs.side.features
     }
     user_id, as_of_us = torch.from_numpy(samples.user_id), torch.from_numpy(samples.as_of_us)
-    index = MatchIndex.build(store)
+    index = index or MatchIndex.build(store)
     return index.features(user_id, as_of_us, torch.from_numpy(samples.item_id), side)
 
 

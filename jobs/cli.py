@@ -74,6 +74,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.train_ranker",
         "train and predict one arm of a ranker over fetched tokens",
     ),
+    "walk-ranker": (
+        "jobs.walk_ranker",
+        "go on with a ranker by the days that have come: predict, report, train",
+    ),
     "forget": (
         "jobs.forget",
         "erase users: from every table, index and raw sample; they do not come back",
@@ -134,6 +138,8 @@ JSON_KEYS: Mapping[str, str] = {
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "
     "rows_per_s, config, training, input_versions, manifest, user_share, user_seed",
+    "walk-ranker": "domain, ranker, arm, line, folder, days, metrics (by day), week, next_day, "
+    "waits (why the next day does)",
     "compare": "domain, protocol, ranker, seeds, user_share, samples, days, input_versions, "
     "manifest, digest, lines, windows (rows by window), settings, missing, seconds",
     "forget": "domain, users, rows (by table), item_token_days (by line), compressors, "

@@ -33,7 +33,8 @@ class Args:
     """
 
     predictions: tuple[Path, ...]
-    """predictions.parquet of `iat train-ranker`, the base first."""
+    """predictions.parquet of `iat train-ranker`, or the folder predictions of `iat walk-ranker`;
+    the base first."""
     start: date | None = None
     """First day of the window (UTC); empty: all."""
     end: date | None = None
@@ -70,9 +71,10 @@ def main(args: Args) -> dict[str, Any]:
 
 
 def read(path: Path, start: date | None = None, end: date | None = None) -> Scored:
-    """A prediction file, cut to the window."""
+    """A prediction file, or a folder of them (a day each), cut to the window."""
     try:
-        rows = pq.read_table(path)
+        files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+        rows = pa.concat_tables([pq.read_table(file) for file in files])
     except FileNotFoundError as error:
         raise InputError(f"no predictions at {path}; `iat train-ranker` writes them") from error
     except pa.ArrowInvalid as error:

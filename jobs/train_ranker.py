@@ -232,11 +232,18 @@ def user_index(
             versions=held.tables,
         )  # fmt: skip
     folder = Path(args.index) if args.index else temporary
-    lines, has_fields = (args.line,) if args.line else (), arm(args.arm).branch == "fields"
+    has_fields = arm(args.arm).branch == "fields"
+    return index_until(args.lake, domain, folder, days.end, args.line, has_fields=has_fields)
+
+
+def index_until(
+    lake: str, domain: Domain, folder: Path, end: date, line: str, *, has_fields: bool
+) -> UserIndex:
+    """The index in a folder, made or extended, of everything before a day."""
+    lines = (line,) if line else ()
     held_index(folder, domain, lines, has_fields=has_fields)
-    before = Days(FIRST_DAY, days.end)
     return UserIndex.extended(
-        args.lake, domain, folder, days=before, lines=lines, fields=has_fields
+        lake, domain, folder, days=Days(FIRST_DAY, end), lines=lines, fields=has_fields
     )
 
 
@@ -355,7 +362,7 @@ def write(
         "seed": args.seed,
     }
     rows = predictions(data, result.score_n, named)
-    _write_whole(out / "predictions.parquet", lambda path: pq.write_table(rows, path))
+    write_whole(out / "predictions.parquet", lambda path: pq.write_table(rows, path))
     label, score = (rows.column(name).to_numpy() for name in ("label", "score"))
     known = ~np.isnan(label)
     found = metrics.user_bootstrap(
@@ -381,14 +388,14 @@ def write(
         "user_seed": args.user_seed,
     }
     text = json.dumps(report, indent=1, sort_keys=True, default=str)
-    _write_whole(out / "metrics.json", lambda path: path.write_text(text))
+    write_whole(out / "metrics.json", lambda path: path.write_text(text))
     saved.save(out / "model", args.ranker, trainer, data, domain, report)
     manifests.write(out, manifest, digest)
     shutil.rmtree(out / "progress", ignore_errors=True)
     return report
 
 
-def _write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
     """A file that appears whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:

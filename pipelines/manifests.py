@@ -68,8 +68,11 @@ class Manifest:
         return f"{self.job}-{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
-def register(lake: str, manifest: Manifest, place: str) -> None:
-    """From now on vacuum keeps what the manifest pins; `place` says where the run writes."""
+def register(lake: str, manifest: Manifest, place: str, *, is_newest_alone: bool = False) -> None:
+    """From now on vacuum keeps what the manifest pins; `place` says where the run writes.
+
+    `is_newest_alone`: in place of what the same job has registered of the same place before.
+    """
     row = {
         "name": manifest.name,
         "domain": manifest.domain,
@@ -80,7 +83,10 @@ def register(lake: str, manifest: Manifest, place: str) -> None:
     table = tables.manifests()
     rows = pa.Table.from_pylist([row], table.schema)
     commit = {"job": manifest.job, "manifest": manifest.name}
-    delta.replace(lake, table, rows, None, commit=commit, where=_named(manifest.name))
+    where = _named(manifest.name)
+    if is_newest_alone:
+        where = f"place = {_quoted(place)} AND job = {_quoted(manifest.job)}"
+    delta.replace(lake, table, rows, None, commit=commit, where=where)
 
 
 def release(lake: str, name: str) -> None:
@@ -203,4 +209,8 @@ def digest_of_file(path: Path) -> str:
 
 
 def _named(name: str) -> str:
-    return "name = '{}'".format(name.replace("'", "''"))
+    return f"name = {_quoted(name)}"
+
+
+def _quoted(text: str) -> str:
+    return "'{}'".format(text.replace("'", "''"))

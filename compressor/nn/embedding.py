@@ -44,6 +44,18 @@ class Vocabulary:
             found[table] = np.union1d(old, seen[seen > 0]).astype(np.int32)
         return Vocabulary(dict(sorted(found.items())))
 
+    def union(self, other: Vocabulary) -> Vocabulary:
+        """With the other's buckets too."""
+        empty = np.zeros(0, np.int32)
+        return Vocabulary(
+            {
+                table: np.union1d(
+                    self.buckets.get(table, empty), other.buckets.get(table, empty)
+                ).astype(np.int32)
+                for table in sorted({*self.buckets, *other.buckets})
+            }
+        )
+
     @property
     def num_rows(self) -> int:
         """Rows of all tables, row 0 counted."""
@@ -68,6 +80,13 @@ class Vocabulary:
             found[table] = at
             at += len(buckets)
         return found
+
+    def rows_of(self, older: Vocabulary) -> Tensor:
+        """Where each row of an older vocabulary, which holds no other buckets, is in this one."""
+        starts = self.starts()
+        parts = [np.zeros(1, np.int64)]
+        parts += [starts[t] + np.searchsorted(self.buckets[t], b) for t, b in older.buckets.items()]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     def row_keys(self) -> Int64s:
         """One number per row that names its table and bucket whatever else the vocabulary holds;

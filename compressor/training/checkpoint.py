@@ -138,3 +138,30 @@ def restore(
             slots.setdefault(int(index), {})[key] = tensor
     held = optimizer.state_dict()
     optimizer.load_state_dict({"state": slots, "param_groups": held["param_groups"]})
+
+
+def grown(
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: Tensor,
+) -> dict[str, Tensor]:
+    """`state` of a model of fewer embedding rows, for this fresh one, where its rows are `rows`.
+
+    Rows that came since have their initial weights and an optimizer state of zeros. Tensors that
+    do not fit stay as they are, which `restore` refuses.
+    """
+    name, table = next((n, p) for n, p in model.named_parameters() if n.startswith("bank."))
+    place = [n for n, _ in model.named_parameters()].index(name)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    slot = next(i for i, p in enumerate(held) if p is table)
+    initial = table.detach().cpu()
+    found = dict(tensors)
+    for key, tensor in tensors.items():
+        is_slot = key.startswith(f"optimizer.{slot}.")
+        is_of_table = is_slot or key in (f"model.{name}", f"average.{place}")
+        if is_of_table and tensor.shape == (len(rows), initial.shape[1]):
+            out = torch.zeros_like(initial) if is_slot else initial.clone()
+            out[rows] = tensor
+            found[key] = out
+    return found
