@@ -22,7 +22,7 @@ def compressor(settings: Settings, domain: str, file: Path) -> DAG:
     goes back to it. Rankers go on reading the line that they name."""
     schedule = settings.of(domain)
     where: dict[str, Flag] = {"domain": file, "lake": settings.lake}
-    line = f"{schedule.order}-{{{{ {UNTIL} | replace('-', '') }}}}"
+    line = f"{domain}-{schedule.order}-{{{{ {UNTIL} | replace('-', '') }}}}"
     until = f"{{{{ {UNTIL} }}}}"
     trained: dict[str, Flag] = {"start": days_before(schedule.trailing), "end": until}
     judged: dict[str, Flag] = {"start": days_before(schedule.judged), "end": until}

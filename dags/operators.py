@@ -45,8 +45,8 @@ class IatOperator(BaseOperator):
         skip_without: a key of the JSON; the task, and what depends on it, is skipped where its
             value is empty.
         only_if: templated; skipped where it is filled with nothing, None or False.
-        announces: an asset, whose event holds `domain`, `line`, `days` and `end` (the day after
-            the line's last) of the JSON, or of `told`, templated.
+        announces: an asset, whose event holds `domain`, `line`, `days`, and `first` and `end` of
+            the line, of the JSON, or of `told`, templated.
     """
 
     template_fields: Sequence[str] = ("command", "only_if", "told")
@@ -86,7 +86,7 @@ class IatOperator(BaseOperator):
             raise AirflowSkipException(f"nothing in {self.skip_without}: {result}")
         if self.announces is not None:
             told: dict[str, Any] = json.loads(self.told) if self.told else result or {}
-            kept = {name: told[name] for name in ("domain", "line", "days", "end")}
+            kept = {name: told[name] for name in ("domain", "line", "first", "days", "end")}
             context["outlet_events"][self.announces].extra = kept
         return result
 

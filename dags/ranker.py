@@ -34,6 +34,7 @@ def ranker(settings: Settings, domain: str, file: Path) -> DAG:
         deadline=deadline(schedule, f"the rankers of {domain}"),
         params={
             "line": Param("", type="string", description="By hand: the line whose tokens are read"),
+            "first": Param("", type="string", description="By hand: the ranker's first day, UTC"),
             "end": Param("", type="string", description="By hand: the day after the last, UTC"),
         },
         tags=["iat", domain],
@@ -49,7 +50,7 @@ def ranker(settings: Settings, domain: str, file: Path) -> DAG:
                     ranker=each["ranker"], arm=each["arm"], line=line,
                     out=f"{settings.work}/rankers/{domain}/{name}",
                     index=f"{settings.work}/index/{domain}/{line}",
-                    start=schedule.start, end=end, window=schedule.window,
+                    start=NEWEST.format(key="first"), end=end, window=schedule.window,
                 ),
                 "Predict each day that is ready with yesterday's weights, tell its AUC, GAUC and "
                 "log loss, and go on training. Days walked before stay as they were predicted.",

@@ -128,7 +128,7 @@ JSON_KEYS: Mapping[str, str] = {
     "config, domain, line, compressor_version, source, made_of (table, version))",
     "train-compressor": "line, version, days, rows, tokens, width, source_auc, by_day "
     "(streaming) or loss (frozen)",
-    "walk-compressor": "domain, line, days, walked, end, refused (why, by day), waits",
+    "walk-compressor": "domain, line, first, days, walked, end, refused (why, by day), waits",
     "approve": "domain, line, days, approved, earlier, evidence (rows, users, difference)",
     "rollback": "domain, line, earlier",
     "write-tokens": "line, version, days, width, tokens",

@@ -153,6 +153,7 @@ def train(
     newest, parent = _parents(args)
     order = parent["order"] if parent else args.order
     line = args.line or (parent["compressor_line"] if parent else order)
+    _check_owner(args.lake, line, domain)
     stream = tables.stream(domain, order)
     start = args.start or (parent["end"] if parent else None)
     if held is None:
@@ -274,6 +275,16 @@ def _parents(args: Args) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         the_day_before = Days(args.start - timedelta(days=1), args.start)
         before = next(iter(lines.ending(args.lake, args.parent, the_day_before)), row)
     return row, before
+
+
+def _check_owner(lake: str, line: str, domain: Domain) -> None:
+    """InputError where the line is another domain's: their versions would replace each other."""
+    others = {row["domain"] for row in lines.of_line(lake, line)} - {domain.name}
+    if others:
+        raise InputError(
+            f"line {line} of {lake} is of domain {', '.join(others)}: give {domain.name} a line of "
+            "its own (--line NAME)"
+        )
 
 
 def _window(args: Args, parent: Mapping[str, Any] | None) -> int:

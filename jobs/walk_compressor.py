@@ -56,7 +56,7 @@ class Args(GateLimits):
     begin: date | None = None
     """First day (UTC) of a line begun now."""
     order: Literal["temporal", "user"] = "user"
-    """Of a line begun now, which is named after it."""
+    """Of a line begun now, which is called DOMAIN-ORDER."""
     window: int = 0
     """Of a line begun now: days before each day that it reads; 0: all."""
     seed: int = 0
@@ -112,6 +112,7 @@ def main(args: Args) -> dict[str, Any]:
     result = {
         "domain": domain.name,
         "line": line.name,
+        "first": str(line.first),
         "days": [str(day) for day in sorted({*held, *walked})],
         "walked": [str(day) for day in walked],
         "end": str(line.end),
@@ -135,7 +136,8 @@ def line_of(args: Args, domain: Domain) -> Line:
     name = args.line
     if name == APPROVED:
         held = approvals.approved(args.lake, domain)
-        name = held.line if held else args.order
+        # Lines of all domains of a lake are in one table.
+        name = held.line if held else f"{domain.name}-{args.order}"
     known = {row["compressor_line"]: row for row in lines.newest(args.lake, domain.name)}
     row = known.get(name)
     is_approved = args.line != APPROVED or held is not None

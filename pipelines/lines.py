@@ -47,6 +47,12 @@ def ending(lake: str, line: str, days: Days) -> list[dict[str, Any]]:
     return _rows(lake, (ds.field("compressor_line") == line) & is_within)
 
 
+def of_line(lake: str, line: str) -> list[dict[str, Any]]:
+    """The newest rows of a line; none where it has none."""
+    exists = delta.exists(lake, tables.compressor_versions())
+    return _rows(lake, _newest_of(lake, line)) if exists else []
+
+
 def trained_by(lake: str, version: str) -> str:
     """The run that trained a version last; empty where no commit says so."""
     told = (

@@ -86,6 +86,15 @@ class Client:
         lines = self.ask("GET", path)["content"]
         return "\n".join(str(line.get("event", line)) for line in lines)
 
+    def wait_for_dag(self, dag: str, timeout_s: float = 120) -> None:
+        """Until the DAG files have been read; no file may have an error."""
+        wait(self.dags, lambda dags: dag in dags or self.import_errors(), timeout_s, dag)
+        assert not self.import_errors(), "\n".join(self.import_errors())
+
+    def wait_for_task(self, dag: str, run: str, task: str, state: str, timeout_s: float) -> None:
+        """Until a task of a run is in a state."""
+        wait(lambda: self.states(dag, run).get(task), lambda s: s == state, timeout_s, task)
+
     def wait_for_runs(self, dag: str, num: int, timeout_s: float) -> list[dict[str, Any]]:
         """Until so many runs of a DAG have ended."""
         return wait(

@@ -513,8 +513,10 @@ def test_what_is_not_there_is_named(lake: str, tmp_path: Path) -> None:
 def test_a_version_of_another_domain_is_refused(lake: str) -> None:
     train_compressor.main(args(lake, end=day(2)))
     make_lake(Path(lake), domain("elsewhere"))
-    with pytest.raises(InputError, match="compresses domain 'tiny', not 'elsewhere'"):
+    with pytest.raises(InputError, match=r"line user of .* is of domain tiny"):
         train_compressor.main(args(lake, domain="elsewhere", parent="user"))
+    with pytest.raises(InputError, match="compresses domain 'tiny', not 'elsewhere'"):
+        train_compressor.main(args(lake, domain="elsewhere", parent="user", line="own"))
 
 
 def test_a_dry_run_writes_nothing(lake: str) -> None:
@@ -529,3 +531,11 @@ def test_senseless_flags_are_refused(lake: str) -> None:
         args(lake, user_share=0.0)
     with pytest.raises(InputError, match="--device must be cpu, cuda or auto"):
         train_compressor.main(replace(args(lake), device="abacus"))
+
+
+def test_a_line_of_another_domain_is_never_written_over(lake: str) -> None:
+    make_lake(Path(lake), domain("other"))
+    train_compressor.main(args(lake, end=day(1)))
+    with pytest.raises(InputError, match=r"line user of .* is of domain tiny: give other a line"):
+        train_compressor.main(args(lake, domain="other", end=day(1)))
+    train_compressor.main(args(lake, domain="other", end=day(1), line="other-user"))

@@ -26,7 +26,7 @@ from tests.compressor.conftest import TINY, small_config
 from tests.jobs.test_check_tables import as_declared, day_rows
 
 DOMAIN = parse(TINY | {"tokens": {"delay": "2h"}})
-FIRST, NUM_DAYS = date(2026, 1, 1), 6
+FIRST, NUM_DAYS, LINE = date(2026, 1, 1), 6, "tiny-user"
 Change = Callable[[pa.Table], pa.Table]
 JOBS = (train_compressor, walk_compressor, approve, rollback, check_tables)
 
@@ -96,7 +96,7 @@ def walk(lake: str, number: int, **given: Any) -> dict[str, Any]:
     )
 
 
-def left_by(lake: str, line: str = "user") -> tuple[Any, ...]:
+def left_by(lake: str, line: str = LINE) -> tuple[Any, ...]:
     """All that a line leaves: both tables, and its weights day by day."""
     of = (tables.instance_tokens("tiny"), tables.item_tokens("tiny"))
     rows = [delta.read(lake, table, line=line).to_pydict() for table in of]
@@ -209,7 +209,7 @@ def test_a_day_out_of_line_is_not_trained_on(tmp_path: Path, quiet: str) -> None
     assert [*result["refused"]] == [str(day(4))]
     assert "AUC" in result["refused"][str(day(4))]
     weights = left_by(lake)[1]
-    before, after = (weights[f"user@{day(n)}"] for n in (3, 4))
+    before, after = (weights[f"{LINE}@{day(n)}"] for n in (3, 4))
     shared = [name for name in before if before[name] == after.get(name)]
     assert {name for name in before if name.startswith(("model.", "average."))} <= {*shared}
     args = {"domain": "tiny", "lake": lake, "start": day(4), "end": day(5)}
@@ -278,7 +278,7 @@ def test_the_first_line_is_approved_and_named_lines_approve_nothing(
     walk(lake, 0)
     held = approvals.approved(lake, DOMAIN)
     assert held is not None
-    assert (held.line, held.earlier) == ("user", ())
+    assert (held.line, held.earlier) == (LINE, ())
     with pytest.raises(InputError, match="nothing to roll tiny back to"):
         rollback.main(rollback.Args(domain="tiny", lake=lake))
     assert f"its next day is {day(1)}" in capsys.readouterr().out
@@ -301,7 +301,7 @@ def test_a_switch_and_a_roll_back_never_mix_lines(tmp_path: Path, quiet: str) ->
     assert left_by(lake) == before
     rollback.main(rollback.Args(domain="tiny", lake=lake))
     result = walk(lake, 3)
-    assert (result["line"], result["walked"]) == ("user", [str(day(3))])
+    assert (result["line"], result["walked"]) == (LINE, [str(day(3))])
     for number in (4, 5):
         build(lake, number)
     walk(lake, 5)
@@ -316,19 +316,19 @@ def test_a_line_that_is_worse_is_not_approved(tmp_path: Path) -> None:
     for line, given in (("worse", {"untrained": True}), ("same", {"seed": 0})):
         train_compressor.main(train_compressor.Args(**train, line=line, window=3, **given))
     judged = {"start": day(2), "end": day(4)}
-    with pytest.raises(CheckFailedError, match="worse may be worse than user") as caught:
+    with pytest.raises(CheckFailedError, match="worse may be worse than tiny-user") as caught:
         approved_line(lake, "worse", **judged)
     assert caught.value.result is not None
     assert caught.value.result["evidence"]["difference"]["high"] < 0
     held = approvals.approved(lake, DOMAIN)
     assert held is not None
-    assert held.line == "user"
+    assert held.line == LINE
     found = approved_line(lake, "same", **judged)
     assert found["evidence"]["difference"]["value"] == pytest.approx(0, abs=1e-9)
-    assert (found["approved"], found["earlier"]) == ("same", ["user"])
+    assert (found["approved"], found["earlier"]) == ("same", [LINE])
     with pytest.raises(InputError, match="kept no predictions of 2026-01-06"):
-        approved_line(lake, "user", start=day(5), end=day(6))
-    assert json.dumps(approved_line(lake, "user", dry_run=True))
+        approved_line(lake, LINE, start=day(5), end=day(6))
+    assert json.dumps(approved_line(lake, LINE, dry_run=True))
     assert approvals.line_of(lake, DOMAIN, "approved") == "same"
 
 
@@ -336,7 +336,7 @@ def test_names_that_are_no_line_of_the_domain_are_refused(tmp_path: Path, quiet:
     with pytest.raises(InputError, match="no compressor version or line called 'x'"):
         approved_line(quiet, "x")
     with pytest.raises(InputError, match="is not a line of tiny"):
-        approved_line(quiet, f"user@{day(2)}")
+        approved_line(quiet, f"{LINE}@{day(2)}")
     with pytest.raises(InputError, match="no compressor line of tiny is approved"):
         approvals.line_of(str(tmp_path), DOMAIN, "approved")
     with pytest.raises(InputError, match="approved"):
