@@ -43,6 +43,10 @@ airflow: setup ## a local Airflow with the DAGs, in the background (SETTINGS=my.
 airflow-stop: ## end it, and all that it started
 	@$(AIRFLOW) stop $(AT)
 
+test-airflow: setup ## the DAGs on a real scheduler (ARGS="-m 'not slow'" is what CI runs)
+	@.venv/bin/python -m jobs.setup_airflow
+	@IAT_TEST_AIRFLOW=1 .venv/bin/python -m pytest tests/airflow $(ARGS)
+
 # --universal: one file for every Python from 3.11 on; --no-emit-index-url: it names no host.
 LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
 lock: setup ## resolve requirements.lock again, within pyproject.toml's ranges

@@ -105,8 +105,8 @@ class Local:
             raise InputError(f"airflow {' '.join(command)}: {(done.stderr or done.stdout)[-2000:]}")
 
 
-def start(local: Local) -> None:
-    """Starts it in the background and waits until it is healthy."""
+def start(local: Local) -> subprocess.Popen[bytes]:
+    """Starts it in the background and waits until it is healthy; returns its supervisor."""
     if _supervisor(local):
         raise InputError(f"it runs already, at {local.address}; make airflow-stop stops it")
     with socket.socket() as probe:
@@ -138,6 +138,7 @@ def start(local: Local) -> None:
         f"Airflow: {local.address}  user {user}  password {password}\n"
         f"settings {local.settings}, logs {local.home}; make airflow-stop stops it\n"
     )
+    return supervisor
 
 
 def stop(local: Local) -> bool:

@@ -115,11 +115,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def local(world: World) -> Iterator[Local]:
     """Airflow, started and stopped as `make airflow` and `make airflow-stop` do."""
     made = Local(home=world.folder / "home", settings=world.settings, port=PORT)
-    local_airflow.start(made)
+    supervisor = local_airflow.start(made)
     try:
         yield made
     finally:
         assert local_airflow.stop(made)
+        assert supervisor.wait(10) == 0
 
 
 @pytest.fixture(scope="session")

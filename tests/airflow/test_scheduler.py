@@ -1,4 +1,4 @@
-"""What a real scheduler leaves in the lake: by schedule, backwards, killed, twice, with bad input."""
+"""What a real scheduler leaves in the lake: by schedule, backwards, killed, twice, bad input."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ import pytest
 from jobs.airflow import HOST, Local
 from tests.airflow.client import Client, wait
 from tests.airflow.conftest import FIRST, NUM_DAYS, World, day, up_to
-from tests.processes import is_running
 
 DAY_S = 900
 """A run may take so long; on a busy machine it does."""
@@ -120,8 +117,8 @@ def test_a_task_killed_half_way_is_tried_again_and_leaves_the_same(
     airflow.wait_for_runs(dag, 1, DAY_S)
     tasks = airflow.tasks(dag, run)
     assert {name: task["state"] for name, task in tasks.items()} == dict.fromkeys(TASKS, "success")
-    assert [tasks[name]["try_number"] for name in
-            ("build_instances", "build_streams_and_samples", "walk_compressor")] == [2, 2, 2]  # fmt: skip
+    hit = ("build_instances", "build_streams_and_samples", "walk_compressor")
+    assert [tasks[name]["try_number"] for name in hit] == [2, 2, 2]
     assert_same(world.rows("killed"), up_to(by_hand, day(1)))
 
 
@@ -233,7 +230,7 @@ def listening(pids: set[int]) -> set[tuple[str, int]]:
     for pid in pids:
         for link in Path(f"/proc/{pid}/fd").glob("*"):
             with contextlib.suppress(OSError):
-                sockets.add(os.readlink(link))
+                sockets.add(str(link.readlink()))
     found = set()
     for kind, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
         for line in Path(f"/proc/net/{kind}").read_text().splitlines()[1:]:
