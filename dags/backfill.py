@@ -11,7 +11,7 @@ from airflow.sdk import task as python_task
 from dags.alerts import failed
 from dags.commands import Flag, job
 from dags.settings import Settings
-from dags.tasks import defaults, mapped, task, with_master
+from dags.tasks import defaults, here, mapped, task, with_master
 
 BUILT = ("instances", "streams", "samples")
 FILE = "{{ domain_files[params.domain] }}"
@@ -49,16 +49,17 @@ def backfill(settings: Settings) -> DAG:
         tags=["iat"],
         doc_md=__doc__,
     ) as dag:  # fmt: skip
-        plan = task(
+        plan = here(
             settings,
-            "plan",
             job("backfill", "--dry-run", EVENTS, **where, **days, tables=[*BUILT],
                 days_at_once="{{ params.days_at_once }}"),
-            "Which days are missing or stale, and why; rows, bytes and time. In the log, and as "
-            "the XCom.",
             kind="spark",
+            task_id="plan",
+            doc_md="Which days are missing or stale, and why; rows, bytes and time. In the log, "
+            "and as the XCom.",
         )  # fmt: skip
-        further = with_master(settings, ["--lake", settings.lake])
+        local = settings.operator == "local"
+        further = ["--lake", settings.lake, *(with_master(settings) if local else [])]
         parts = commands(cast(Any, plan.output), files, events, further)
         build = mapped(
             settings, "build", parts,

@@ -51,29 +51,38 @@ def task(
     **more: Any,
 ) -> BaseOperator:
     """One command. What Spark runs goes where the setting `operator` says."""
+    more |= {"task_id": task_id, "doc_md": described(settings, command, doc)}
     if kind == "spark" and settings.operator == "spark-submit":
-        return _submitted(settings, task_id, command, doc, **more)
-    return IatOperator(
-        task_id=task_id,
-        iat=settings.iat,
-        command=with_master(settings, command) if kind == "spark" else command,
-        pool=POOLS[kind],
-        doc_md=described(settings, command, doc),
-        **more,
-    )
+        from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
+
+        return SparkSubmitOperator(**submitted(settings), application_args=list(command), **more)
+    return here(settings, command, kind=kind, **more)
+
+
+def here(settings: Settings, command: Sequence[str], *, kind: Kind, **more: Any) -> IatOperator:
+    """One command, run where the task runs, whatever the setting says."""
+    further = with_master(settings) if kind == "spark" else []
+    return IatOperator(iat=settings.iat, command=[*command, *further], pool=POOLS[kind], **more)
 
 
 def mapped(
     settings: Settings, task_id: str, commands: XComArg, doc: str, *, kind: Kind, at_once: int
 ) -> Any:
     """One task a command of a list that an earlier task gives, so many at once."""
+    more: dict[str, Any] = {
+        "task_id": task_id,
+        "doc_md": doc,
+        "max_active_tis_per_dagrun": at_once,
+    }
+    if kind == "spark" and settings.operator == "spark-submit":
+        from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
+
+        return SparkSubmitOperator.partial(**submitted(settings), **more).expand(
+            application_args=commands
+        )
+    name = "{{ task.command | join(' ') }}"
     return IatOperator.partial(
-        task_id=task_id,
-        iat=settings.iat,
-        pool=POOLS[kind],
-        doc_md=doc,
-        max_active_tis_per_dagrun=at_once,
-        map_index_template="{{ task.command | join(' ') }}",
+        iat=settings.iat, pool=POOLS[kind], map_index_template=name, **more
     ).expand(command=commands)
 
 
@@ -92,8 +101,9 @@ def sensor(
     )
 
 
-def with_master(settings: Settings, command: Sequence[str]) -> list[str]:
-    return [*command, *(["--master", settings.master] if settings.master else [])]
+def with_master(settings: Settings) -> list[str]:
+    """What a Spark command that runs here is told further."""
+    return ["--master", settings.master] if settings.master else []
 
 
 def described(settings: Settings, command: Sequence[str], doc: str) -> str:
@@ -101,22 +111,15 @@ def described(settings: Settings, command: Sequence[str], doc: str) -> str:
     return f"{doc}\n\n    {Path(settings.iat).name} {shlex.join(map(str, command))}\n"
 
 
-def _submitted(
-    settings: Settings, task_id: str, command: Sequence[str], doc: str, **more: Any
-) -> BaseOperator:
-    """spark-submit on a connection, which says the master; the toolkit must be there."""
-    from airflow.providers.apache.spark.operators.spark_submit import SparkSubmitOperator
-
-    python = Path(settings.iat).with_name("python")
-    for ours in ("skip_without", "only_if", "announces", "told"):
-        more.pop(ours, None)
-    return SparkSubmitOperator(
-        task_id=task_id,
-        conn_id=settings.spark_conn_id,
-        application=str(Path(__file__).parents[1] / "jobs" / "cli.py"),
-        application_args=list(command),
-        env_vars={"PYSPARK_PYTHON": str(python)},
-        pool=POOLS["spark"],
-        doc_md=described(settings, command, doc),
-        **more,
-    )
+def submitted(settings: Settings) -> dict[str, Any]:
+    """How spark-submit runs a command of the toolkit: the connection says on which master."""
+    bin_folder = Path(settings.iat).parent
+    python = str(bin_folder / "python")
+    jars = sorted((bin_folder.parent / "share" / "iat" / "jars").glob("*.jar"))
+    return {
+        "conn_id": settings.spark_conn_id,
+        "application": str(Path(__file__).parents[1] / "jobs" / "cli.py"),
+        "jars": ",".join(map(str, jars)),
+        "env_vars": {"PYSPARK_PYTHON": python, "PYSPARK_DRIVER_PYTHON": python},
+        "pool": POOLS["spark"],
+    }
