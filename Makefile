@@ -45,7 +45,7 @@ airflow-stop: ## end it, and all that it started
 
 test-airflow: setup ## the DAGs on a real scheduler (ARGS="-m 'not slow'" is what CI runs)
 	@.venv/bin/python -m jobs.setup_airflow
-	@IAT_TEST_AIRFLOW=1 .venv/bin/python -m pytest tests/airflow $(ARGS)
+	@IAT_TEST_AIRFLOW=1 .venv/bin/python -m pytest tests/airflow -o timeout=5400 -o faulthandler_timeout=5500 $(ARGS)
 
 # --universal: one file for every Python from 3.11 on; --no-emit-index-url: it names no host.
 LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header
