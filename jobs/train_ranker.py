@@ -355,7 +355,7 @@ def write(
         "seed": args.seed,
     }
     rows = predictions(data, result.score_n, named)
-    _write_whole(out / "predictions.parquet", lambda path: pq.write_table(rows, path))
+    write_whole(out / "predictions.parquet", lambda path: pq.write_table(rows, path))
     label, score = (rows.column(name).to_numpy() for name in ("label", "score"))
     known = ~np.isnan(label)
     found = metrics.user_bootstrap(
@@ -381,14 +381,14 @@ def write(
         "user_seed": args.user_seed,
     }
     text = json.dumps(report, indent=1, sort_keys=True, default=str)
-    _write_whole(out / "metrics.json", lambda path: path.write_text(text))
+    write_whole(out / "metrics.json", lambda path: path.write_text(text))
     saved.save(out / "model", args.ranker, trainer, data, domain, report)
     manifests.write(out, manifest, digest)
     shutil.rmtree(out / "progress", ignore_errors=True)
     return report
 
 
-def _write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write_to: Callable[[Path], object]) -> None:
     """A file that appears whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
