@@ -37,8 +37,11 @@ from pipelines.manifests import Manifest
 
 log = logging.getLogger(__name__)
 
-ABOUT_PLACE = ("target", "source", "line", "lake", "out", "seeds", "device", "dry_run")
-"""Arguments that say where and on what; target, sources and lines are told by name beside them."""
+ABOUT_PLACE = (
+    "target", "source", "line", "lake", "out", "seeds", "proof_requests", "device", "dry_run",
+)  # fmt: skip
+"""Arguments that say where and on what, never what is trained; target, sources and lines are told
+by name beside them."""
 RUN, METRICS, PREDICTIONS = "run.json", "metrics.json", "predictions.parquet"
 ALONE, OWN, ALL, OWN_ALL = "target alone", "+ own", "+ all sources", "+ own and all sources"
 SHUFFLED = "shuffled"
@@ -69,10 +72,10 @@ class Args:
     """The target's own compressor line; empty: its only one."""
     ranker: str = "din"
     """din or transformer."""
-    seed: int | None = None
-    """Make the run of this seed."""
-    seeds: int | None = None
-    """Make the runs of seeds 0 to this less one, one after the other; empty: only that of 0."""
+    seed: int = 0
+    """Of the run, or of the first one."""
+    seeds: int = 1
+    """Runs, one after the other, of seeds from --seed on; for many at once give each its --seed."""
     start: date | None = None
     """First day of samples (UTC); empty: the table's first."""
     end: date | None = None
@@ -87,9 +90,7 @@ class Args:
     def __post_init__(self) -> None:
         if not self.source:
             raise InputError("--source is needed: a domain whose tokens the target's ranker reads")
-        if self.seed is not None and self.seeds is not None:
-            raise InputError("give --seed (one run) or --seeds (several), not both")
-        if self.seeds is not None and self.seeds < 1:
+        if self.seeds < 1:
             raise InputError(f"--seeds must be at least 1, got {self.seeds}")
         if self.proof_requests < 1:
             raise InputError(f"--proof-requests must be at least 1, got {self.proof_requests}")
@@ -98,7 +99,7 @@ class Args:
 
     @property
     def chosen_seeds(self) -> list[int]:
-        return [self.seed or 0] if self.seeds is None else list(range(self.seeds))
+        return list(range(self.seed, self.seed + self.seeds))
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,7 @@ def manifest_of(
     seed: int,
 ) -> Manifest:
     """What a run reads, and how."""
-    resolved = replace(args, start=days.start, end=days.end, seed=seed, seeds=None)
+    resolved = replace(args, start=days.start, end=days.end, seed=seed)
     files = {s.domain.name: [s.line, ledger.file_of(s.domain)] for s in sources}
     more = {
         "line": line, "sources": files, "configs": [asdict(arm(p)) for p in ("base", "tokens")],
@@ -308,8 +309,8 @@ class Run:
         path = self.folder / manifests.FILE
         if path.exists():
             held, digest = manifests.read(path)
-            ours, theirs = (asdict(replace(m, tables={})) for m in (self.manifest, held))
-            differing = sorted(k for k in ours if ours[k] != theirs[k])
+            ours, theirs = _settings(self.manifest), _settings(held)
+            differing = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
             if differing:
                 raise InputError(
                     f"{self.folder} is of a run with other {', '.join(differing)}; remove it, or "
@@ -327,7 +328,8 @@ class Run:
         """The signed proof, which is repeated by every call; CheckFailedError where it fails."""
         args = self.args
         checks = prove(
-            self.data, args.lake, self.target, self.sources, arm("base"), args.ranker, self.days,
+            self.data, args.lake, SourceLine(self.target, self.manifest.more["line"]),
+            self.sources, arm("base"), args.ranker, self.days,
             num=args.proof_requests, seed=self.seed,
         )  # fmt: skip
         report = signed(
@@ -381,6 +383,14 @@ class Run:
         _write_json(folder / METRICS, report)
         shutil.rmtree(folder / "progress", ignore_errors=True)
         return report
+
+
+def _settings(manifest: Manifest) -> dict[str, Any]:
+    """All of a manifest that another run in its folder must share; by name."""
+    told = asdict(manifest)
+    told.pop("tables")  # another version may hold the same rows: their digest says
+    args, more = told.pop("args"), told.pop("more")
+    return told | args | more
 
 
 def coverage(data: RankerData) -> dict[str, dict[str, float]]:

@@ -44,7 +44,7 @@ BATCH = 128
 
 @dataclass(frozen=True)
 class SourceLine:
-    """A source domain and the compressor line whose tokens are read of it."""
+    """A domain and the compressor line whose tokens are read of it."""
 
     domain: Domain
     line: str
@@ -86,7 +86,7 @@ class Asked:
 def prove(
     data: RankerData,
     lake: str,
-    target: Domain,
+    target: SourceLine,
     sources: Sequence[SourceLine],
     config: RankerConfig,
     ranker: str,
@@ -95,15 +95,17 @@ def prove(
     num: int,
     seed: int,
 ) -> list[Check]:
-    """All checks of the data's sources, which are `sources` in their order."""
+    """All checks of the data's sources, which are `sources` in their order. Of the target its line
+    alone: what is read of its own past is `iat verify`'s to prove."""
     asked = Asked.draw(data, num, seed)
-    found: list[Check] = []
+    own = Oracle(lake, target.domain, target.line)
+    found = [check_line(own, target.domain.name, days)]
     for source, held in zip(sources, data.sources, strict=True):
         oracle = Oracle(lake, source.domain, source.line)
         stale = {t: v for t, v in held.store.index.meta.tables.items() if t in oracle.versions}
         if any(oracle.versions[t] != v for t, v in stale.items()):
             raise RetryableError(f"{source.domain.name} in {lake} was written since it was read")
-        found += compare(held, oracle, lake, target, asked, config.history_length)
+        found += compare(held, oracle, lake, target.domain, asked, config.history_length)
         found += [check_all(held, data, config.history_length), check_line(oracle, held.name, days)]
     model = noisy_ranker(data, config, ranker, seed)
     before = logits(model, data, config, asked)

@@ -70,7 +70,11 @@ def found_below(out: Path) -> tuple[list[tuple[Path, Mapping[str, Any]]], list[s
     """Folders and reports of finished runs, in order; names of those that were begun."""
     if not out.is_dir():
         raise InputError(f"--out {out} is no folder; `iat transfer --out` makes it")
-    folders = sorted(path.parent for path in out.rglob(manifests.FILE))
+    folders = [
+        path.parent
+        for path in sorted(out.rglob(manifests.FILE))
+        if manifests.read(path)[0].job == "transfer"
+    ]
     done = [f for f in folders if (f / RUN).is_file()]
     unfinished = [str(f.relative_to(out)) for f in folders if f not in done]
     if not done:

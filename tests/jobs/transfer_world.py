@@ -19,7 +19,7 @@ from pipelines import delta, tables
 from pipelines.domain import Domain, parse
 from pipelines.token_format import TokenFormat, declare, encode
 
-FIRST, NUM_DAYS, CANDIDATES, WIDTH = date(2024, 3, 1), 12, 4, 4
+FIRST, NUM_DAYS, CANDIDATES, WIDTH = date(2024, 3, 1), 9, 4, 4
 DAY_US = 86_400_000_000
 START_US = (FIRST - date(1970, 1, 1)).days * DAY_US
 COMMIT = {"job": "test"}
@@ -34,7 +34,10 @@ def domain(name: str) -> Domain:
             "source": {"path": "nowhere.parquet"},
             "columns": {"user": "u", "item": "i", "time": "t"},
             "label": [{"name": "buy", "column": "buy"}],
-            "feature": [{"name": "item", "column": "i", "side": "item", "buckets": 64}],
+            "feature": [
+                {"name": "item", "column": "i", "side": "item", "buckets": 64},
+                {"name": "store", "column": "s", "buckets": 16},
+            ],
         }
     )
 
@@ -84,9 +87,14 @@ def write_domain(lake: str, spec: Domain, rows: dict[str, Any], token: Any) -> N
         "item_key": [str(i) for i in rows["item_id"]],
         "request_key": [str(r) for r in rows["request_id"]],
         "f_item": rows["item_id"] + 1,
+        "f_store": rows["request_id"] % 7 + 1,
         "as_of": rows["event_time"],
     }
-    write(lake, tables.instances(spec), rows | {"f_item": rows["item_key"]})
+    write(
+        lake,
+        tables.instances(spec),
+        rows | {"f_item": rows["item_key"], "f_store": rows["request_key"]},
+    )
     write(lake, tables.ranker_samples(spec), rows)
     events = {name: np.asarray(values)[is_real] for name, values in rows.items()}
     write(lake, tables.histories(spec), events)
