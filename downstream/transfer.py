@@ -112,7 +112,7 @@ class SourceHistory:
         back_RW = visible_RW.flip(1).cumsum(1).flip(1)
         place_RW = torch.where(visible_RW & (back_RW <= length), length - back_RW, length)
         row_RL1 = torch.full((len(row_RW), length + 1), -1, device=row_RW.device)
-        row_RL = row_RL1.scatter(1, place_RW, row_RW.to(row_RL1.dtype))[:, :length]
+        row_RL = row_RL1.scatter(1, place_RW, row_RW.to(row_RL1.dtype))[:, :length].contiguous()
         # Place `length` took all that is not visible; nothing else is written twice.
         return row_RL, row_RL >= 0
 

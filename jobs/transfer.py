@@ -157,19 +157,7 @@ def main(args: Args) -> dict[str, Any]:
         )
         return told
     with ledger.job(args.lake, "transfer", args) as row, tempfile.TemporaryDirectory() as temp:
-        index = train_ranker.user_index(asked, target, days, Path(temp) / "target", None)
-        samples = tables.ranker_samples(target)
-        rows = delta.read(args.lake, samples, days, version=version)
-        rows = forgotten.without(rows, forgotten.ids(args.lake, target))
-        data = train_ranker.load_data(asked, target, days, index, rows)
-        indexes = [_index_of(source, args.lake, days, Path(temp)) for source in sources]
-        data = data.with_sources(
-            [_history(data, s, i, target) for s, i in zip(sources, indexes, strict=True)]
-        )
-        read = {**index.meta.tables, samples.name: version}
-        for each in indexes:
-            read |= each.meta.tables
-        digest = manifests.digest(rows, *(a for i in (index, *indexes) for a in index_arrays(i)))
+        data, read, digest = loaded(asked, target, sources, days, version, Path(temp))
         row.inputs |= read
         runs = []
         for seed in args.chosen_seeds:
@@ -179,6 +167,36 @@ def main(args: Args) -> dict[str, Any]:
             row.add(rows=sum(a["trained_rows"] for a in runs[-1]["arms"].values()))
             sys.stdout.write(as_text(runs[-1]))
     return told | {"runs": runs}
+
+
+def loaded(
+    asked: train_ranker.Args,
+    target: Domain,
+    sources: Sequence[SourceLine],
+    days: Days,
+    version: int,
+    folder: Path,
+) -> tuple[RankerData, dict[str, int], str]:
+    """The target's samples beside its own past and the sources' (indexes in the folder, which is
+    read as long as the data is), the tables' versions, and the digest of it all."""
+    samples, lake = tables.ranker_samples(target), asked.lake
+    rows = delta.read(lake, samples, days, version=version)
+    rows = forgotten.without(rows, forgotten.ids(lake, target))
+    index = train_ranker.user_index(asked, target, days, folder / "target", None)
+    before = Days(FIRST_DAY, days.end)
+    indexes = [
+        UserIndex.build(lake, s.domain, folder / str(i), days=before, lines=[s.line])
+        for i, s in enumerate(sources)
+    ]
+    data = train_ranker.load_data(asked, target, days, index, rows)
+    data = data.with_sources(
+        [_history(data, s, i, target) for s, i in zip(sources, indexes, strict=True)]
+    )
+    read = {**index.meta.tables, samples.name: version}
+    for each in indexes:
+        read |= each.meta.tables
+    digest = manifests.digest(rows, *(a for i in (index, *indexes) for a in index_arrays(i)))
+    return data, read, digest
 
 
 def chosen(args: Args) -> tuple[Domain, str, list[SourceLine]]:
@@ -216,13 +234,6 @@ def line_of(lake: str, domain: Domain, asked: str, flag: str) -> str:
         how = "train one (`iat train-compressor`)" if not known else "say which"
         raise InputError(f"{flag} needs one compressor line of {domain.name}; {held}; {how}")
     return asked or known[0]
-
-
-def _index_of(source: SourceLine, lake: str, days: Days, folder: Path) -> UserIndex:
-    """A source's events before the days' end."""
-    before = Days(FIRST_DAY, days.end)
-    name = source.domain.name
-    return UserIndex.build(lake, source.domain, folder / name, days=before, lines=[source.line])
 
 
 def _history(

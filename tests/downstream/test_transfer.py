@@ -226,7 +226,7 @@ def index_of(events: list[Event]) -> UserIndex:
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(events=EVENTS, asked=ASKED, length=st.integers(1, 4))
 def test_what_is_fetched_is_what_brute_force_finds(
     events: list[Event], asked: list[tuple[int, int]], length: int
