@@ -17,7 +17,7 @@ from pipelines import manifests
 from pipelines.errors import CheckFailedError, InputError
 
 BUDGET = ("num_predicted", "trained_rows", "steps")
-"""What all arms must have the same of."""
+"""What all arms of a run must have the same of; which rows are replayed, its seed decides."""
 SAME = ("days", "line", "sources", "digest")
 """What all seeds must have the same of."""
 
@@ -107,9 +107,10 @@ def of_group(
     by_name = {row["name"]: row for row in found["arms"]}
     for each in arms:
         budgets = [run["arms"][each.name] for _, run in group]
-        by_name[each.name] |= {k: budgets[0][k] for k in (*BUDGET, "parameters")}
-        by_name[each.name]["seconds"] = sum(b["seconds"] for b in budgets) / len(budgets)
-    budgets = [tuple(a[k] for k in BUDGET) for _, run in group for a in run["arms"].values()]
+        by_name[each.name] |= {
+            k: sum(b[k] for b in budgets) / len(budgets) for k in (*BUDGET, "parameters", "seconds")
+        }
+    given = [{tuple(a[k] for k in BUDGET) for a in run["arms"].values()} for _, run in group]
     proofs = [run["proof"] for _, run in group]
     return {
         "target": first["target"],
@@ -124,7 +125,7 @@ def of_group(
         "arms": found["arms"],
         "beside_shuffled": beside_shuffled(files, bootstraps),
         "coverage": first["coverage"],
-        "same_budget": len(set(budgets)) == 1,
+        "same_budget": all(len(each) == 1 for each in given),
         "proof": {
             "passed": all(p["passed"] for p in proofs),
             "checks": sum(len(p["checks"]) for p in proofs),
@@ -167,7 +168,7 @@ def as_text(report: Mapping[str, Any]) -> str:
                 line += f" {1e3 * d['log_loss']['value']:+8.2f}"
             else:
                 line += f"  {'':22} {row['gauc']['value']:8.4f} {row['log_loss']['value']:8.4f}"
-            out.append(f"{line}  {row['parameters']:,d}")
+            out.append(f"{line}  {row['parameters']:,.0f}")
         beside = each["beside_shuffled"]
         out.append(f"  {beside['name']}: {_thousandths(beside['auc'])} e-3")
         for name, share in each["coverage"].items():
@@ -178,8 +179,8 @@ def as_text(report: Mapping[str, Any]) -> str:
         base = each["arms"][0]
         same = "the same rows and steps" if each["same_budget"] else "NOT the same rows and steps"
         out.append(
-            f"  budget: {base['trained_rows']:,d} rows, {base['steps']:,d} steps; {same} in all "
-            "arms"
+            f"  budget: {base['trained_rows']:,.0f} rows, {base['steps']:,.0f} steps; {same} in "
+            "all arms of a run"
         )
         proof = each["proof"]
         verdict = "holds" if proof["passed"] else "FAILED"

@@ -169,6 +169,27 @@ def test_seeds_of_other_rows_are_not_one_table(
         transfer_report.main(transfer_report.Args(out=out, bootstraps=2))
 
 
+def test_seeds_are_one_table_and_each_has_a_budget_of_its_own(
+    done: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(done[0], tmp_path / "out"))
+    second = Path(shutil.copytree(out / "shop.din.seed0", out / "shop.din.seed1"))
+    for file in second.glob("*/predictions.parquet"):
+        rows = pq.read_table(file)
+        named = json.loads(rows.schema.metadata[b"iat"]) | {"seed": 1}
+        pq.write_table(rows.replace_schema_metadata({"iat": json.dumps(named)}), file)
+    told = json.loads((second / "run.json").read_text()) | {"seed": 1}
+    for arm_told in told["arms"].values():
+        arm_told["trained_rows"] += 10
+    for more, is_same in ((0, True), (1, False)):
+        told["arms"]["+ ads"]["trained_rows"] += more
+        (second / "run.json").write_text(json.dumps(told))
+        report = transfer_report.main(transfer_report.Args(out=out, bootstraps=5))
+        (found,) = report["transfers"]
+        assert (found["seeds"], found["same_budget"]) == ([0, 1], is_same)
+        assert found["arms"][1]["paired_seeds"] == [0, 1]
+
+
 def test_what_a_run_reads_is_pinned_for_every_domain(
     done: tuple[Path, dict[str, Any]], world: str
 ) -> None:
