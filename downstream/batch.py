@@ -49,7 +49,8 @@ class RankerBatch(NamedTuple):
     numbers_RN: Tensor
     """NaN: missing."""
     histories: dict[str, HistorySequence]
-    """Sequences by name; `MAIN` is the domain's own past."""
+    """Sequences by name; `MAIN` is the domain's own past, the others are of sources
+    (downstream/transfer.py)."""
     ids_RCS: Tensor
     """Item and event features known at the request, as vocabulary rows."""
     numbers_RCN: Tensor

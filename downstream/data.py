@@ -25,6 +25,7 @@ from downstream.configs import RankerConfig
 from downstream.inputs import RankerInputs
 from downstream.match_features import MatchIndex
 from downstream.samples import Array, Pieces, Samples
+from downstream.transfer import SourceHistory, source_key
 from downstream.user_index import IndexStore
 from pipelines.domain import Domain
 from pipelines.errors import InputError
@@ -72,6 +73,8 @@ class RankerData:
     delay_us: int
     """From the midnight after an event to its publication (what its token would wait)."""
     tensors: RankerTensors
+    sources: tuple[SourceHistory, ...] = ()
+    """Other domains' tokens, which every batch holds beside the own past."""
 
     @classmethod
     def load(
@@ -164,6 +167,12 @@ class RankerData:
             )
         return replace(self, store=store, inputs=replace(self.inputs, token_width=store.width))
 
+    def with_sources(self, sources: Sequence[SourceHistory]) -> RankerData:
+        """The same samples beside tokens of these domains."""
+        told = tuple(source.inputs for source in sources)
+        inputs = replace(self.inputs, sources=told, num_domains=1 + len(told))
+        return replace(self, sources=tuple(sources), inputs=inputs)
+
     def of_days(self, first_day: int, last_day: int) -> Array:
         """Pieces of the days [first_day, last_day) since 1970, in order."""
         return np.arange(*np.searchsorted(self.piece_day, [first_day, last_day]))
@@ -222,10 +231,15 @@ class RankerData:
             item_token_RCD = items.token_BD.float().unflatten(0, place_RC.shape)
             item_mask_RC = items.mask_B.unflatten(0, place_RC.shape)
         is_read = config.history or config.branch != "none"
+        histories = {MAIN: self._history(request_R, config)} if is_read else {}
+        for domain, source in enumerate(self.sources, start=1):
+            histories[source_key(source.name)] = source.sequence(
+                request_R, t.as_of_G[request_R], config.history_length, domain=domain
+            )
         return RankerBatch(
             ids_RS=t.ids_GS[request_R],
             numbers_RN=t.numbers_GN[request_R],
-            histories={MAIN: self._history(request_R, config)} if is_read else {},
+            histories=histories,
             ids_RCS=t.ids_nS[place_RC],
             numbers_RCN=t.numbers_nN[place_RC],
             match_RCM=t.match_nM[place_RC],

@@ -22,6 +22,15 @@ NUM_LABEL_STATES = 3
 
 
 @dataclass(frozen=True, slots=True)
+class SourceInputs:
+    """What a ranker must know of another domain whose tokens it reads."""
+
+    name: str
+    token_width: int
+    num_labels: int
+
+
+@dataclass(frozen=True, slots=True)
 class RankerInputs:
     """Layouts of a batch's features, and the widths of what comes beside them."""
 
@@ -37,6 +46,8 @@ class RankerInputs:
     num_match: int
     token_width: int = 0
     num_domains: int = 1
+    sources: tuple[SourceInputs, ...] = ()
+    """Domains whose tokens are read beside the own past; domain number i + 1 is the i-th."""
 
     @classmethod
     def of(
@@ -129,12 +140,10 @@ class StepBias(nn.Module):
 
     def __init__(self, inputs: RankerInputs, num_heads: int) -> None:
         super().__init__()
-        head_H = torch.arange(num_heads)
-        is_alike_H, is_recent_H = head_H >= (num_heads + 1) // 2, head_H % 2 == 1
+        is_alike_H = torch.arange(num_heads) >= (num_heads + 1) // 2
         num_fields = len(inputs.side.features)
         self.match_FH = nn.Parameter(is_alike_H.float().repeat(num_fields, 1))
-        log_age_X = torch.arange(NUM_GAP_BUCKETS) * math.log(2)
-        self.gap_XH = nn.Parameter(-log_age_X[:, None] * is_recent_H.float())
+        self.gap_XH = nn.Parameter(gap_slopes(num_heads))
 
     def of_request(self, sequence: HistorySequence) -> Tensor:
         """gap_RLH: the part that no candidate changes."""
@@ -144,6 +153,13 @@ class StepBias(nn.Module):
         """bias_RHCL; match_RCLF: the step's field has the candidate's value."""
         match_RCLH = match_RCLF.to(gap_RLH.dtype) @ self.match_FH
         return (match_RCLH + gap_RLH[:, None]).permute(0, 3, 1, 2)
+
+
+def gap_slopes(num_heads: int) -> Tensor:
+    """[X, H] What a step's age adds to its score at first: nothing in even heads."""
+    is_recent_H = torch.arange(num_heads) % 2 == 1
+    log_age_X = torch.arange(NUM_GAP_BUCKETS) * math.log(2)
+    return -log_age_X[:, None] * is_recent_H.float()
 
 
 def strictly_before(sequence: HistorySequence) -> Tensor:

@@ -21,11 +21,12 @@ from downstream.batch import MAIN, HistorySequence, RankerBatch
 from downstream.configs import RankerConfig
 from downstream.inputs import FieldVectors, RankerInputs
 from downstream.tokens import BranchState, ItemTokenFeatures, TokenBranch
+from downstream.transfer import SourceState, TransferBranch
 
-GROUPS = ("user", "context", "item", "cross", "history", "branch")
-SPARE_TO = ("item", "cross", "history", "context", "user", "branch")
+GROUPS = ("user", "context", "item", "cross", "history", "branch", "sources")
+SPARE_TO = ("item", "cross", "history", "context", "user", "branch", "sources")
 """Who gets the tokens that are left when every group has one, in turn."""
-WIDE = ("cross", "history", "branch")
+WIDE = ("cross", "history", "branch", "sources")
 """Groups with a linear way to the logit beside the interaction."""
 MATCH_HIDDEN = 64
 MATCH_DECAY = 0.99
@@ -62,10 +63,12 @@ class RequestState(NamedTuple):
     token_RTD: Tensor | None
     sequence: Any
     branch: BranchState | None
+    sources: SourceState | None = None
 
 
 class SequenceRanker(nn.Module):
-    """Embeddings, a sequence model, the token branch, feature tokens, RankMixer, head."""
+    """Embeddings, a sequence model, the token branch, other domains' tokens, feature tokens,
+    RankMixer, head."""
 
     side_slot_F: Tensor
 
@@ -118,6 +121,16 @@ class SequenceRanker(nn.Module):
                 summary_width=widths.get("history", 0),
             )
             widths["branch"] = config.width
+        self.sources: TransferBranch | None = None
+        if inputs.sources:
+            self.sources = TransferBranch(
+                config,
+                inputs,
+                request_width=request_width,
+                candidate_width=self.candidate.width,
+                summary_width=widths.get("history", 0),
+            )
+            widths["sources"] = config.width
         self.interaction = Interaction(config, widths)
         # A short way to the logit for what is already a good feature (Wide & Deep, arXiv
         # 1606.07792) and for what was read of a sequence: through the interaction alone, a branch
@@ -144,8 +157,11 @@ class SequenceRanker(nn.Module):
             )
         request_RX = torch.cat([groups["user"], groups["context"]], dim=1)
         token_RTD = self.interaction.tokens(groups)
+        sources = None
+        if self.sources is not None:
+            sources = self.sources.encode(batch.histories, request_RX)
         if not is_read:
-            return RequestState(request_RX, token_RTD, None, None)
+            return RequestState(request_RX, token_RTD, None, None, sources)
         sequence = batch.histories[MAIN]
         side_RLX = vectors_RSE[:, num_slots:].reshape(*sequence.mask_RL.shape, -1)
         read = self.sequence.encode(side_RLX, sequence) if self.sequence is not None else None
@@ -153,7 +169,7 @@ class SequenceRanker(nn.Module):
         if self.branch is not None:
             source_RLX, is_there_RL = self._source(sequence)
             branch = self.branch.encode(source_RLX, is_there_RL, side_RLX, request_RX, sequence)
-        return RequestState(request_RX, token_RTD, read, branch)
+        return RequestState(request_RX, token_RTD, read, branch, sources)
 
     def score(self, state: RequestState, batch: RankerBatch) -> Tensor:
         """See Ranker."""
@@ -184,6 +200,10 @@ class SequenceRanker(nn.Module):
                 groups.get("history"),
                 item_token_RCD,
                 self._matches(batch),
+            )
+        if self.sources is not None and state.sources is not None:
+            groups["sources"] = self.sources.read(
+                state.sources, candidate_RCX, groups.get("history")
             )
         if cross:
             groups["cross"] = torch.cat(cross, dim=-1)
@@ -321,6 +341,10 @@ class Interaction(nn.Module):
 
 def shares(present: list[str], num_tokens: int) -> dict[str, int]:
     """Tokens per group: one each, the rest in turn."""
+    if len(present) > num_tokens:
+        raise ValueError(
+            f"num_tokens {num_tokens} must be at least one a group: {', '.join(present)}"
+        )
     found = dict.fromkeys(present, 1)
     turns = [name for name in SPARE_TO if name in found]
     for turn in range(num_tokens - len(present)):

@@ -179,6 +179,12 @@ def asked_days(
     """The days to build: within the log, or days of the instances that the log no longer has;
     InputError if there is neither."""
     if not files.num_events:
+        if domain.source.only:
+            kept = "; ".join(f"{c} of {', '.join(v)}" for c, v in domain.source.only.items())
+            raise InputError(
+                f"the log of domain {domain.name!r} has no event with {kept}: check `only` in "
+                "[source]"
+            )
         raise InputError(f"the log of domain {domain.name!r} is empty: it has no event at all")
     found = files.days(latest_of(domain))
     if not found:

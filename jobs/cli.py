@@ -90,6 +90,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "jobs.compare",
         "all arms over several seeds, with every control: for a GPU; resumable",
     ),
+    "transfer": (
+        "jobs.transfer",
+        "a target's ranker beside tokens of other domains that share its users; leak proof",
+    ),
+    "transfer-report": (
+        "jobs.transfer_report",
+        "one table of all transfer runs below a folder: intervals, coverage, proof",
+    ),
     "evaluate": (
         "jobs.evaluate",
         "AUC, GAUC, log loss and normalised entropy of predictions, with intervals",
@@ -146,6 +154,10 @@ JSON_KEYS: Mapping[str, str] = {
     "rankers (folder by name), indexes, old_statistics",
     "vacuum": "tables (by name: files, bytes), kept (by table and manifest), not_kept (by table), "
     "released, retention_hours",
+    "transfer": "target, line, ranker, seeds, sources (line by domain), arms, days, runs (target, "
+    "ranker, seed, protocol, days, line, sources, manifest, digest, coverage, proof, arms)",
+    "transfer-report": "out, window, unfinished, transfers (target, ranker, line, sources, days, "
+    "protocol, seeds, num_rows, num_users, arms, beside_shuffled, coverage, same_budget, proof)",
     "evaluate": "num_rows, num_users, base, arms, window",
     "verify": "domain, line, days, settings, tables, checks, passed, signature",
 }

@@ -37,7 +37,8 @@ def open_events(
                 domain, lake, data=data, limit_users=limit_users, seed=seed, days=limit_days
             )
         )
-        return RawLog(place, "parquet", spark.read.parquet(literal(place)), spark.read)
+        events, only = spark.read.parquet(literal(place)), domain.source.only
+        return RawLog(place, "parquet", events, spark.read, only)
     if data or limit_users or limit_days:
         raise InputError(
             f"--data, --limit-users and --limit-days are for the public logs; domain "
@@ -53,7 +54,7 @@ def open_events(
     if not events.columns:
         raise InputError(f"{where} is empty: a CSV file starts with the names of its columns")
     some = reader.schema(events.schema).option("basePath", place)
-    return RawLog(place, kind, events, some)
+    return RawLog(place, kind, events, some, domain.source.only)
 
 
 def _csv(spark: SparkSession, place: str) -> DataFrameReader:

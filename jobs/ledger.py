@@ -119,14 +119,16 @@ def code_version() -> str:
 def config_of(domain: Domain) -> str:
     """What tells one state of a domain file from another, as far as built days depend on it.
 
-    Keys, labels, negatives, what is from the future, how the log is read; features apart
+    Keys, labels, negatives, what is from the future, how the log is read and which of its events
+    are the domain's; features apart
     (`features_of`). Not where the log is, so that it may be moved, nor the title, the share that
     may be rejected, or when tokens are published: no built row depends on these.
     """
     parts = (domain.columns, domain.negatives, *domain.labels)
     held = [dataclasses.asdict(part) if part is not None else None for part in parts]
     source = domain.source
-    return _hash([domain.name, source.format, source.reader, domain.limits.latest, held])
+    told = [domain.name, source.format, source.reader, domain.limits.latest, held]
+    return _hash([*told, source.only] if source.only else told)
 
 
 def features_of(domain: Domain) -> dict[str, str]:

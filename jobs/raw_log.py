@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,8 @@ from pyspark.sql.readwriter import DataFrameReader
 
 from jobs.spark_progress import task_bar
 from pipelines import delta, tables
-from pipelines.domain import Domain
+from pipelines.domain import Domain, check_columns
+from pipelines.forgotten import BROKEN_ROW
 from pipelines.instances import days_in
 from pipelines.raw_files import RawFiles, known, named
 
@@ -39,6 +40,9 @@ class RawLog:
     """All of them, for their columns."""
     reader: DataFrameReader
     """Of some of its files (not for delta)."""
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column -> values, as text: whose events are the domain's. All that is read and counted here
+    is of those."""
 
     @property
     def spark(self) -> SparkSession:
@@ -51,9 +55,19 @@ class RawLog:
         return {name: stamp for name, (_, stamp) in self._listed.items()}
 
     def read(self, files: Set[str]) -> DataFrame:
-        """The events of some files, with the columns of the whole log."""
+        """The domain's events of some files, with the columns of the whole log."""
         if not files:
             return self.events.where(F.lit(False))
+        events = self._read(files)
+        for column, values in self.only.items():
+            quoted = column.replace("`", "``")
+            is_kept = F.col(f"`{quoted}`").cast("string").isin(list(values))
+            if BROKEN_ROW in events.columns:  # whose it is cannot be told: it is quarantined
+                is_kept = is_kept | F.col(BROKEN_ROW).isNotNull()
+            events = events.where(is_kept)
+        return events
+
+    def _read(self, files: Set[str]) -> DataFrame:
         paths = sorted(self._listed[file][0] for file in files)
         if self.format == "delta":
             return self._read_added(paths)
@@ -105,7 +119,8 @@ def looked(log: RawLog, lake: str, domain: Domain, *, commit: Mapping[str, str] 
     where a `commit` is given."""
     table, last = tables.raw_files(domain), known(lake, domain)
     rows = last.rows if last else table.schema.empty_table()
-    how = json.dumps([log.format, domain.columns.time, domain.columns.time_unit])
+    told: list[Any] = [log.format, domain.columns.time, domain.columns.time_unit]
+    how = json.dumps([*told, log.only] if log.only else told)
     listed = {file: f"{stamp} {how}" for file, stamp in log.files.items()}
     held = dict(zip(rows["file"].to_pylist(), rows["stamp"].to_pylist(), strict=True))
     fresh = {file for file, stamp in listed.items() if held.get(file) != stamp}
@@ -123,6 +138,7 @@ def _opened(log: RawLog, domain: Domain, files: Mapping[str, str]) -> list[dict[
     """Rows of the table for files, by stamp; an empty file has one too."""
     if not files:
         return []
+    check_columns(domain, log.events.columns)
     with task_bar(log.spark, f"new files of {domain.name}"):
         counted = days_in(log.read(files.keys()), domain).collect()
     empty = {"event_date": None, "num_events": 0, "content": Decimal(0)}

@@ -236,7 +236,7 @@ def check_protocol(oracle: Oracle, days: Days | None) -> Check:
     found = oracle.protocol(days).to_pylist()
     failing = []
     for row in found:
-        why = _broken_protocol(row)
+        why = broken_protocol(row)
         if why:
             failing.append({"version": row["version"], "tokens": row["num"], "why": why})
     protocols = ", ".join(sorted({str(row["line_protocols"]) for row in found})) or "no tokens"
@@ -250,7 +250,7 @@ def check_protocol(oracle: Oracle, days: Days | None) -> Check:
     )
 
 
-def _broken_protocol(row: Mapping[str, Any]) -> str:
+def broken_protocol(row: Mapping[str, Any]) -> str:
     """Why tokens of this version are not neutral, or nothing."""
     protocol = row["protocol"] or row["line_protocols"]
     if protocol == "frozen":

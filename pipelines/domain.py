@@ -40,9 +40,13 @@ class Source:
     format: Format = "parquet"
     path: str = ""
     reader: str = ""
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """Raw column -> the values, as text, of the events that are the domain's; empty: all are."""
 
     def __post_init__(self) -> None:
         _one_of("source.format", self.format, Format)
+        kept = {column: _texts(f"[source] only.{column}", x) for column, x in self.only.items()}
+        object.__setattr__(self, "only", kept)
         if bool(self.path) == bool(self.reader):
             raise InputError(
                 "[source] needs either `path` (with `format`) or `reader`; give exactly one"
@@ -285,9 +289,8 @@ class Domain:
         """Every raw column that the domain file names, once, in its order."""
         keys = [self.columns.user, self.columns.item, self.columns.time, self.columns.request]
         labels = [name for label in self.labels for name in (label.column, label.time_column)]
-        return tuple(
-            dict.fromkeys(c for c in [*keys, *labels, *(f.column for f in self.features)] if c)
-        )
+        features = [f.column for f in self.features]
+        return tuple(dict.fromkeys(c for c in [*keys, *labels, *features, *self.source.only] if c))
 
     @property
     def side_features(self) -> tuple[Feature, ...]:
@@ -343,16 +346,45 @@ def load(name_or_file: str) -> Domain:
                 f"no domain called {name_or_file!r}{suggest(name_or_file, names)}; known: "
                 f"{', '.join(names)}; or give a FILE.toml"
             )
+    raw, folder = _read(path), path.resolve().parent
+    try:
+        if "base" in raw:
+            raw, folder = _over_base(raw, folder)
+        return parse(raw, folder=folder)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"no domain file at {path}; `iat init DATA` drafts one")
     try:
-        raw = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}") from error
-    try:
-        return parse(raw, folder=path.resolve().parent)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+
+
+def _over_base(own: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Path]:
+    """The file that `base` names, with what this one says in its place: [tables] key by key,
+    [[lists]] and values whole. Relative source paths start at the file that names them."""
+    named = own.pop("base")
+    if not isinstance(named, str) or not named.endswith(".toml"):
+        raise InputError(
+            f"base must be the path of a domain file, such as 'shop.toml'; got {named!r}"
+        )
+    if "name" not in own:
+        raise InputError(
+            "a domain file with a `base` needs a `name` of its own: it names the tables"
+        )
+    base = _read(folder / named)
+    if "base" in base:
+        raise InputError(f"base {named!r} has a `base` itself; name that file, {base['base']!r}")
+    if "path" not in own.get("source", {}):
+        folder = (folder / named).resolve().parent
+    for key, held in base.items():
+        if isinstance(held, dict) and isinstance(own.get(key, {}), dict):
+            own[key] = held | own.get(key, {})
+    return base | own, folder
 
 
 def parse(raw: Mapping[str, Any], *, folder: Path = Path()) -> Domain:
@@ -422,6 +454,12 @@ def _build(kind: type[Config], raw: Any, where: str) -> Config:
 
 def _typed(where: str, kind: str, value: Any) -> Any:
     """The value, if it is of the annotated kind; whole numbers serve as floats."""
+    if kind.startswith("Mapping"):
+        if not isinstance(value, dict):
+            raise InputError(
+                f'{where} must be a table of lists, such as {{ column = ["value"] }}; got {value!r}'
+            )
+        return value
     wanted = kind.split(" | ")[0]
     allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float)}
     types = allowed.get(wanted, (str,))
@@ -431,6 +469,17 @@ def _typed(where: str, kind: str, value: Any) -> Any:
             f"{where} must be of type {wanted if wanted in allowed else 'string'}, got {value!r}"
         )
     return float(value) if wanted == "float" else value
+
+
+def _texts(where: str, raw: Any) -> tuple[str, ...]:
+    """A list of values as texts, each once, in order: how it is written changes nothing."""
+    is_list = isinstance(raw, list | tuple) and raw
+    if not is_list or not all(isinstance(x, str | int) and not isinstance(x, bool) for x in raw):
+        raise InputError(
+            f"{where} must be a list of at least one text or whole number: the values to keep; "
+            f"got {raw!r}"
+        )
+    return tuple(sorted({str(x) for x in raw}))
 
 
 def _rows(raw: Any, name: str) -> list[Any]:

@@ -61,6 +61,10 @@ class Manifest:
     def span(self) -> Days:
         return Days(*map(date.fromisoformat, self.days))
 
+    def reads(self, domain: str) -> bool:
+        """Whether the run is of this domain, or reads its tokens beside those of its own."""
+        return domain == self.domain or any(t.endswith(f"/{domain}") for t in self.tables)
+
     @property
     def name(self) -> str:
         """The same run over the same tables has the same name."""
@@ -102,16 +106,14 @@ def release(lake: str, name: str) -> None:
 
 
 def live(lake: str, domain: str = "") -> list[tuple[Manifest, str]]:
-    """Every manifest that is not released (of one domain), and where its run wrote."""
+    """Every manifest that is not released (of one domain: that reads its tables), and where its run
+    wrote."""
     table = tables.manifests()
     if not delta.exists(lake, table):
         return []
     rows = delta.read(lake, table).sort_by("name").to_pylist()
-    return [
-        (Manifest(**json.loads(row["manifest"])), row["place"])
-        for row in rows
-        if domain in ("", row["domain"])
-    ]
+    found = [(Manifest(**json.loads(row["manifest"])), row["place"]) for row in rows]
+    return [(each, place) for each, place in found if not domain or each.reads(domain)]
 
 
 def write(folder: Path, manifest: Manifest, digest: str) -> None:

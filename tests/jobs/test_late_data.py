@@ -31,6 +31,7 @@ from tests.jobs.test_build_jobs import (
     content,
     days_flags,
     done,
+    iat,
     row,
     us,
 )
@@ -107,6 +108,46 @@ def test_late_events_rebuild_their_days_and_no_other(
     assert delta.read(str(lake), instances) == delta.read(str(tmp_path / "anew"), instances)
     assert delta.open_table(str(lake), instances).version() == version + 2
     assert planned(log, lake, *ALONE) == []
+
+
+def test_of_a_log_that_others_share_only_the_domain_s_own_events_count(
+    spark: SparkSession, log: Folder, tmp_path: Path
+) -> None:
+    text = Path(log.file).read_text()
+    own = 'source = {only = {product = ["1", 3, 5], visitor = ["user1", "user2"]}, '
+    Path(log.file).write_text(text.replace("source = {", own))
+    kept = [r for r in clicks() if r["product"] in "135" and r["visitor"] in ("user1", "user2")]
+    lake, alone = tmp_path / "lake", tmp_path / "alone"
+    said = done("build-instances", log, lake).out
+    assert f"{len(kept)} events" in said
+    done("build-instances", Shop(tmp_path / "part", log.format).write(kept), alone)
+    instances = tables.instances(log.domain)
+    assert delta.read(str(lake), instances) == delta.read(str(alone), instances)
+    # An event of another domain is no reason to build its day again; one of its own is.
+    log.add("late", [row("user1", "2", us(LAST, 98)), row("other", "1", us(SECOND, 98))])
+    assert planned(log, lake, *ALONE) == []
+    log.add("later", [row("user1", "3", us(LAST, 99))])
+    assert planned(log, lake, *ALONE) == [f"{LAST}: {CHANGED}"]
+    # To keep others is to build anew.
+    Path(log.file).write_text(text.replace("source = {", own.replace("user2", "user3")))
+    assert "domain file changed" in planned(log, lake, *ALONE)[0]
+    Path(log.file).write_text(text.replace("source = {", own.replace('"1", 3, 5', '"none"')))
+    nothing = iat("build-instances", log, tmp_path / "nothing")
+    assert (nothing.code, "has no event with product of none" in nothing.err) == (2, True)
+    Path(log.file).write_text(text.replace("source = {", own.replace("product", "prodct")))
+    unknown = iat("build-instances", log, tmp_path / "unknown")
+    assert (unknown.code, "'prodct' (did you mean 'product'?)" in unknown.err) == (2, True)
+
+
+def test_a_broken_line_belongs_to_every_domain_of_the_log(
+    spark: SparkSession, tmp_path: Path
+) -> None:
+    log = Folder(tmp_path / "log", "csv").start()
+    text = Path(log.file).read_text() + "[limits]\nmax_quarantined_share = 1.0\n"
+    Path(log.file).write_text(text.replace("source = {", 'source = {only = {product = ["1"]}, '))
+    with (log.log / f"day {FIRST}.csv").open("a") as file:
+        file.write("one value\n")
+    assert "1 events quarantined" in done("build-instances", log, tmp_path / "lake").out
 
 
 def test_what_is_read_is_what_was_looked_at_whatever_comes_or_goes_meanwhile(

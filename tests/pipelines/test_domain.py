@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from jobs import ledger
 from pipelines.domain import (
     Columns,
     Feature,
@@ -117,6 +118,10 @@ def test_a_typo_suggests_the_right_word(raw: dict[str, Any], message: str) -> No
         (changed("source", to={}), "[source]"),
         (changed("source", "reader", to="grocery"), "[source]"),
         (changed("source", to="events.parquet"), "[source]"),
+        (changed("source", "only", to=["MEAT"]), "[source] only must be a table of lists"),
+        (changed("source", "only", to={"price": []}), "[source] only.price must be a list"),
+        (changed("source", "only", to={"price": "9"}), "[source] only.price must be a list"),
+        (changed("source", "only", to={"price": [0.5]}), "[source] only.price must be a list"),
         (changed("columns", "user", to=7), "[columns] user"),
         (changed("columns", "time_unit", to="minutes"), "columns.time_unit"),
         (changed("columns", to={"user": "u", "item": "i"}), "[columns] needs `time`"),
@@ -190,6 +195,74 @@ def test_a_file_is_named_in_every_message(tmp_path: Path) -> None:
     file.write_text('name = "shop"')
     with pytest.raises(InputError, match=r"shop.toml: the domain file needs `source`"):
         load(str(file))
+
+
+DEPARTMENTS = Path(__file__).parents[2] / "pipelines" / "domains" / "departments"
+
+
+@pytest.mark.parametrize("file", sorted(DEPARTMENTS.glob("*.toml")), ids=lambda path: path.stem)
+def test_a_department_is_the_grocery_log_s_domain_of_some_of_its_events(file: Path) -> None:
+    domain, whole = load(str(file)), load("grocery")
+    (kept,) = domain.source.only["department"]
+    assert kept.startswith(file.stem.upper())
+    given = {"name": domain.name, "title": domain.title, "source": domain.source}
+    assert domain == replace(whole, **given)
+    assert replace(domain.source, only={}) == whole.source
+
+
+def test_only_is_a_matter_of_what_is_kept_not_of_how_it_is_written() -> None:
+    first, second = (
+        parse(changed("source", "only", to={"size": values})) for values in (["9", "10"], [10, 9])
+    )
+    assert first == second
+    assert first.raw_columns[-1] == "size"
+    with pytest.raises(InputError, match=r"'size' \(did you mean 'sizes'\?\)"):
+        check_columns(first, ["visitor", "product", "at", "clicked", "price", "sizes"])
+
+
+def test_a_file_that_does_not_use_only_keeps_the_hash_it_had() -> None:
+    built_with = {"grocery": "784a5565cd3964c2", "movielens": "00c438e4a80fb961"}
+    assert {name: ledger.config_of(load(name)) for name in built_with} == built_with
+    one, other = (load(str(DEPARTMENTS / f"{name}.toml")) for name in ("meat", "deli"))
+    moved = replace(other, name=one.name)
+    assert ledger.config_of(one) != ledger.config_of(moved)
+
+
+def test_a_base_is_the_file_with_what_is_said_in_its_place(tmp_path: Path) -> None:
+    shop, below = tmp_path / "shop.toml", tmp_path / "below"
+    below.mkdir()
+    shop.write_text(
+        """
+        name = "shop"
+        source = { format = "csv", path = "events.csv" }
+        columns = { user = "u", item = "i", time = "t", time_unit = "s" }
+        label = [{ name = "buy", always = 1 }]
+        feature = [{ name = "item", column = "i", side = "item" }]
+        """
+    )
+    own = below / "own.toml"
+    own.write_text('base = "../shop.toml"\nname = "own"\ncolumns = { item = "brand" }')
+    domain, base = load(str(own)), load(str(shop))
+    assert (domain.name, domain.columns.item, domain.columns.user) == ("own", "brand", "u")
+    assert (domain.source, domain.folder) == (base.source, base.folder)
+    own.write_text('base = "../shop.toml"\nname = "own"\nsource = { path = "mine.csv" }')
+    assert (load(str(own)).source.format, load(str(own)).folder) == ("csv", below)
+    for text, message in (
+        ('base = "../shop.toml"', "needs a `name` of its own"),
+        ('name = "x"\nbase = "../shop"', "base must be the path of a domain file"),
+        ('name = "x"\nbase = "shop.toml"', "no domain file at .*below/shop.toml"),
+        (
+            'name = "x"\nbase = "../shop.toml"\ncolumns = 7',
+            r"own.toml: \[columns\] must be a table",
+        ),
+        ('name = "x"\nbase = "../shop.toml"\nlabels = 7', "no key 'labels'"),
+    ):
+        own.write_text(text)
+        with pytest.raises(InputError, match=message):
+            load(str(own))
+    (below / "third.toml").write_text('base = "own.toml"\nname = "third"')
+    with pytest.raises(InputError, match=r"base 'own.toml' has a `base` itself"):
+        load(str(below / "third.toml"))
 
 
 @pytest.mark.parametrize(
