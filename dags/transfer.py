@@ -32,7 +32,9 @@ def transfer(settings: Settings) -> DAG:
             "targets": Param([], description="Domains whose rankers read them", **names),
             "rankers": Param(["din"], type="array", items={"type": "string"}),
             "seeds": Param(1, type="integer", minimum=1, description="Seeds of each"),
-            "line": Param("user", type="string", description="Compressor line in every domain"),
+            "lines": Param(
+                {}, type="object", description="Compressor line by domain; of others their only one"
+            ),
             "name": Param("", type="string", description="Folder of the results; empty: the run's"),
         },
         tags=["iat"],
@@ -61,10 +63,14 @@ def commands(
 ) -> list[list[str]]:
     """A command a target, ranker and seed."""
     asked = params or {}
-    sources = [word for name in asked["sources"] for word in ("--source", files[name])]
+    lines = asked["lines"]
+    sources = []
+    for name in asked["sources"]:
+        line = f"={lines[name]}" if name in lines else ""
+        sources += ["--source", f"{files[name]}{line}"]
     return [
         job("transfer", *sources, lake=lake, target=files[target], ranker=ranker, seed=seed,
-            line=asked["line"], out=out)
+            line=lines.get(target), out=out)
         for target, ranker, seed in product(
             asked["targets"], asked["rankers"], range(asked["seeds"])
         )
