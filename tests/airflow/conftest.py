@@ -26,9 +26,9 @@ from tests.conftest import ROOT
 
 collect_ignore_glob = [] if os.environ.get("IAT_TEST_AIRFLOW") else ["test_*.py"]
 
-FIRST, NUM_DAYS, USERS, PORT = date(2017, 1, 1), 5, 20, 8641
+FIRST, NUM_DAYS, USERS, WINDOW, PORT = date(2017, 1, 1), 5, 20, 3, 8641
 DOMAINS = ("scheduled", "backwards", "killed", "twice", "bad")
-"""Copies of one log under other names, one for each thing that is shown; `byhand` is the sixth."""
+"""Copies of one log under other names, one for each thing that is shown."""
 IAT = ROOT / ".venv" / "bin" / "iat"
 
 
@@ -56,25 +56,28 @@ class World:
     def domain(self, name: str) -> Domain:
         return load(str(self.domain_file(name)))
 
-    def iat(self, *words: object, name: str = "byhand", code: int = 0) -> None:
-        """A command, as a person gives it."""
-        line = [IAT, *map(str, words), "--domain", self.domain_file(name), "--lake", self.lake]
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        assert done.returncode == code, f"{line}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+    def by_hand(self, name: str, num_days: int) -> dict[str, Any]:
+        """What a domain's first days leave when a person gives the commands: in a lake of its own,
+        for what an instance is called depends on its domain's name."""
+        lake = self.folder / "by-hand" / name
+        given = ["--domain", self.domain_file(name), "--lake", lake]
+        given += ["--start", FIRST, "--end", day(num_days)]
+        walk = ["--begin", FIRST, "--window", WINDOW, "--order", "user"]
+        for words in (["build", *given], ["walk-compressor", *given, *walk]):
+            line = [IAT, *map(str, words)]
+            done = subprocess.run(line, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        return self.rows(name, str(lake))
 
-    def rows(self, name: str) -> dict[str, Any]:
-        """Everything that a day leaves, by table, but for the names of domain and line."""
+    def rows(self, name: str, lake: str | None = None) -> dict[str, Any]:
+        """Everything that days leave, by table."""
         spec = self.domain(name)
-        found = {}
-        for table in (
+        of = (
             tables.instances(spec), tables.temporal_order(spec), tables.user_order(spec),
-            tables.histories(spec), tables.ranker_samples(spec),
-            tables.instance_tokens(name), tables.item_tokens(name),
-        ):  # fmt: skip
-            rows = delta.read(self.lake, table)
-            kept = [c for c in rows.column_names if not c.startswith("compressor_")]
-            found[table.name.split("/")[0]] = rows.select(kept)
-        return found
+            tables.histories(spec), tables.ranker_samples(spec), tables.instance_tokens(name),
+            tables.item_tokens(name),
+        )  # fmt: skip
+        return {table.name.split("/")[0]: delta.read(lake or self.lake, table) for table in of}
 
     def write(self, name: str, text: str) -> None:
         self.domain_file(name).parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     events = pq.read_table(sources.prepare(grocery, made.folder / "source", limit_users=USERS))
     of = pc.cast(events["event_time"], "date32")
     text = (ROOT / "pipelines" / "domains" / "grocery.toml").read_text()
-    for name in (*DOMAINS, "byhand"):
+    for name in DOMAINS:
         folder = made.folder / "raw" / name
         folder.mkdir(parents=True)
         for number in range(NUM_DAYS + 1):
@@ -104,7 +107,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for name in DOMAINS:
         last = day(3) if name in ("scheduled", "bad") else day(NUM_DAYS)
         lines += [
-            f"[domain.{name}]", f"start = {FIRST}", f"end = {last}", "poll_s = 2.0", "window = 3",
+            f"[domain.{name}]", f"start = {FIRST}", f"end = {last}", "poll_s = 2.0", f"window = {WINDOW}",
             f"catchup = {'true' if name in ('scheduled', 'bad') else 'false'}",
         ]  # fmt: skip
     made.settings.write_text("\n".join(lines) + "\n")
@@ -128,18 +131,3 @@ def airflow(local: Local) -> Client:
     client = Client(local.address, *local_airflow.login(local))
     client.wait_for_dag("iat_daily_scheduled")
     return client
-
-
-@pytest.fixture(scope="session")
-def by_hand(world: World) -> dict[str, Any]:
-    """The same days by commands."""
-    days = ("--start", FIRST, "--end", day(NUM_DAYS))
-    world.iat("build", *days)
-    walk = ("--begin", FIRST, "--window", 3, "--order", "user")
-    world.iat("walk-compressor", *days, *walk)
-    return world.rows("byhand")
-
-
-def up_to(rows: dict[str, Any], end: date) -> dict[str, Any]:
-    """Of the days before one."""
-    return {name: table.filter(pc.less(table["event_date"], end)) for name, table in rows.items()}

@@ -15,7 +15,7 @@ import pytest
 
 from jobs.airflow import HOST, Local
 from tests.airflow.client import Client, wait
-from tests.airflow.conftest import FIRST, NUM_DAYS, World, day, up_to
+from tests.airflow.conftest import FIRST, NUM_DAYS, World, day
 
 DAY_S = 900
 """A run may take so long; on a busy machine it does."""
@@ -41,9 +41,7 @@ def test_it_listens_on_loopback_alone(local: Local, airflow: Client) -> None:
     assert {host for host, _ in ports} <= {HOST, "::1"}
 
 
-def test_days_run_by_schedule_are_those_run_by_hand(
-    airflow: Client, world: World, by_hand: dict[str, Any]
-) -> None:
+def test_days_run_by_schedule_are_those_run_by_hand(airflow: Client, world: World) -> None:
     airflow.switch("iat_ranker_scheduled", on=True)
     airflow.switch("iat_daily_scheduled", on=True)
     runs = airflow.wait_for_runs("iat_daily_scheduled", 3, 3 * DAY_S)
@@ -51,7 +49,7 @@ def test_days_run_by_schedule_are_those_run_by_hand(
     for run in runs:
         states = airflow.states("iat_daily_scheduled", run["dag_run_id"])
         assert states == dict.fromkeys(TASKS, "success")
-    assert_same(world.rows("scheduled"), up_to(by_hand, day(3)))
+    assert_same(world.rows("scheduled"), world.by_hand("scheduled", 3))
 
 
 def test_rankers_follow_the_token_asset(airflow: Client, world: World) -> None:
@@ -103,7 +101,7 @@ def once_at_work(name: str, command: str, table: str, world: World) -> int:
 
 
 def test_a_task_killed_half_way_is_tried_again_and_leaves_the_same(
-    airflow: Client, world: World, by_hand: dict[str, Any]
+    airflow: Client, world: World
 ) -> None:
     dag = "iat_daily_killed"
     airflow.switch(dag, on=True)
@@ -119,13 +117,11 @@ def test_a_task_killed_half_way_is_tried_again_and_leaves_the_same(
     assert {name: task["state"] for name, task in tasks.items()} == dict.fromkeys(TASKS, "success")
     hit = ("build_instances", "build_streams_and_samples", "walk_compressor")
     assert [tasks[name]["try_number"] for name in hit] == [2, 2, 2]
-    assert_same(world.rows("killed"), up_to(by_hand, day(1)))
+    assert_same(world.rows("killed"), world.by_hand("killed", 1))
 
 
 @pytest.mark.slow
-def test_two_live_copies_of_a_task_leave_the_same(
-    airflow: Client, world: World, by_hand: dict[str, Any]
-) -> None:
+def test_two_live_copies_of_a_task_leave_the_same(airflow: Client, world: World) -> None:
     """The task's own process is killed, and not the command that it started: the retry runs beside
     what is left of the first attempt."""
     dag = "iat_daily_twice"
@@ -142,13 +138,13 @@ def test_two_live_copies_of_a_task_leave_the_same(
     airflow.wait_for_runs(dag, 1, DAY_S)
     assert airflow.states(dag, run) == dict.fromkeys(TASKS, "success")
     wait(lambda: iat_processes("twice", "walk-compressor"), lambda left: not left, DAY_S, "the end")
-    assert_same(world.rows("twice"), up_to(by_hand, day(1)))
+    assert_same(world.rows("twice"), world.by_hand("twice", 1))
     assert len(seen) == 3
 
 
 @pytest.mark.slow
 def test_a_backfill_of_airflow_itself_newest_first_leaves_the_same(
-    airflow: Client, local: Local, world: World, by_hand: dict[str, Any]
+    airflow: Client, local: Local, world: World
 ) -> None:
     dag = "iat_daily_backwards"
     airflow.switch(dag, on=True)
@@ -157,14 +153,14 @@ def test_a_backfill_of_airflow_itself_newest_first_leaves_the_same(
     local.run(*command)
     runs = airflow.wait_for_runs(dag, NUM_DAYS, NUM_DAYS * DAY_S)
     assert [run["state"] for run in runs] == ["success"] * NUM_DAYS
-    assert_same(world.rows("backwards"), by_hand)
+    assert_same(world.rows("backwards"), world.by_hand("backwards", NUM_DAYS))
     started = sorted(runs, key=lambda run: run["start_date"])
     assert started[0]["data_interval_start"] > started[-1]["data_interval_start"]
 
 
 @pytest.mark.slow
 def test_a_day_of_bad_input_fails_and_blocks_only_what_depends_on_it(
-    airflow: Client, world: World, by_hand: dict[str, Any]
+    airflow: Client, world: World
 ) -> None:
     dag = "iat_daily_bad"
     place = world.folder / "raw" / "bad" / f"{day(1)}.parquet"
@@ -196,7 +192,7 @@ def test_a_day_of_bad_input_fails_and_blocks_only_what_depends_on_it(
         DAY_S,
         "the mended day",
     )
-    assert_same(world.rows("bad"), up_to(by_hand, day(3)))
+    assert_same(world.rows("bad"), world.by_hand("bad", 3))
 
 
 def run_of(airflow: Client, dag: str, number: int) -> str:
