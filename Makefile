@@ -23,9 +23,11 @@ test: setup ## the tests (ARGS='-k days' runs some)
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 check: setup ## ruff, format, mypy strict, import contracts
+	@.venv/bin/python -m jobs.setup_airflow
 	@.venv/bin/ruff check
 	@.venv/bin/ruff format --check
 	@.venv/bin/mypy
+	@.venv/bin/mypy --python-executable .venv-airflow/bin/python --package dags
 	@.venv/bin/lint-imports
 
 faults: setup ## every job killed, raced, reordered, out of disk and with wrong clocks (N=200, ARGS='--seed 7')

@@ -107,7 +107,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for name in DOMAINS:
         last = day(3) if name in ("scheduled", "bad") else day(NUM_DAYS)
         lines += [
-            f"[domain.{name}]", f"start = {FIRST}", f"end = {last}", "poll_s = 2.0", f"window = {WINDOW}",
+            f"[domain.{name}]", f"start = {FIRST}", f"end = {last}", "poll_s = 2.0",
+            f"window = {WINDOW}",
             f"catchup = {'true' if name in ('scheduled', 'bad') else 'false'}",
         ]  # fmt: skip
     made.settings.write_text("\n".join(lines) + "\n")
