@@ -56,6 +56,12 @@ class World:
     def domain(self, name: str) -> Domain:
         return load(str(self.domain_file(name)))
 
+    def iat(self, *words: str, name: str) -> None:
+        """A command about a domain, as a person gives it."""
+        line = [str(IAT), *words, "--domain", str(self.domain_file(name)), "--lake", self.lake]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
     def by_hand(self, name: str, num_days: int) -> dict[str, Any]:
         """What a domain's first days leave when a person gives the commands: in a lake of its own,
         for what an instance is called depends on its domain's name."""
@@ -109,6 +115,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         lines += [
             f"[domain.{name}]", f"start = {FIRST}", f"end = {last}", "poll_s = 2.0",
             f"window = {WINDOW}",
+            "trailing = 2",
+            "judged = 1",
+            "margin = 1.0",
             f"catchup = {'true' if name in ('scheduled', 'bad') else 'false'}",
         ]  # fmt: skip
     made.settings.write_text("\n".join(lines) + "\n")

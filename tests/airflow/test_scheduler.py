@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.airflow import HOST, Local
+from pipelines import approvals
 from tests.airflow.client import Client, wait
 from tests.airflow.conftest import FIRST, NUM_DAYS, World, day
 
@@ -193,6 +194,67 @@ def test_a_day_of_bad_input_fails_and_blocks_only_what_depends_on_it(
         "the mended day",
     )
     assert_same(world.rows("bad"), world.by_hand("bad", 3))
+
+
+@pytest.mark.slow
+def test_missing_days_are_filled_by_a_task_a_part_and_the_line_walks_on(
+    airflow: Client, world: World
+) -> None:
+    """After the day that was run twice: its two next days."""
+    dag = "iat_backfill"
+    airflow.switch(dag, on=True)
+    conf = {
+        "domain": "twice", "start": str(FIRST), "end": str(day(3)),
+        "tables": ["instances", "streams", "samples", "tokens"],
+    }  # fmt: skip
+    run = airflow.trigger(dag, conf)
+    airflow.wait_for_runs(dag, 1, DAY_S)
+    states = airflow.states(dag, run)
+    assert states == {
+        "plan": "success", "commands": "success", "build[0]": "success", "build[1]": "success",
+        "walk_compressor": "success", "write_tokens": "skipped",
+    }  # fmt: skip
+    plan = airflow.xcom(dag, run, "plan")
+    assert [step["start"] for step in plan["steps"]] == [str(day(1)), str(day(2))]
+    assert_same(world.rows("twice"), world.by_hand("twice", 3))
+
+
+@pytest.mark.slow
+def test_a_new_line_is_compared_approved_and_rolled_back(airflow: Client, world: World) -> None:
+    dag, line = "iat_compressor_scheduled", f"scheduled-user-{day(3):%Y%m%d}"
+    airflow.switch(dag, on=True)
+    run = airflow.trigger(dag, {"until": str(day(3))})
+    airflow.wait_for_runs(dag, 1, DAY_S)
+    assert {*airflow.states(dag, run).values()} == {"success"}
+    evidence = airflow.xcom(dag, run, "compare")["evidence"]
+    assert evidence["against"] == "scheduled-user"
+    assert evidence["difference"]["low"] <= evidence["difference"]["high"]
+    spec = world.domain("scheduled")
+    held = approvals.approved(world.lake, spec)
+    assert held is not None
+    assert (held.line, held.earlier) == (line, ("scheduled-user",))
+    world.iat("rollback", name="scheduled")
+    held = approvals.approved(world.lake, spec)
+    assert held is not None
+    assert held.line == "scheduled-user"
+
+
+@pytest.mark.slow
+def test_a_transfer_experiment_is_a_task_a_run_and_one_report(
+    airflow: Client, world: World
+) -> None:
+    dag = "iat_transfer"
+    airflow.switch(dag, on=True)
+    conf = {"sources": ["scheduled"], "targets": ["backwards"], "rankers": ["din"], "seeds": 2,
+            "lines": {"scheduled": "scheduled-user"}, "name": "trial"}  # fmt: skip
+    run = airflow.trigger(dag, conf)
+    airflow.wait_for_runs(dag, 1, 2 * DAY_S)
+    assert airflow.states(dag, run) == dict.fromkeys(
+        ("commands", "run[0]", "run[1]", "report"), "success"
+    )
+    assert airflow.xcom(dag, run, "report")
+    made = sorted(path.name for path in (world.folder / "work" / "transfer" / "trial").iterdir())
+    assert made == ["backwards.din.seed0", "backwards.din.seed1"]
 
 
 def run_of(airflow: Client, dag: str, number: int) -> str:
