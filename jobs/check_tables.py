@@ -128,7 +128,7 @@ class Reader:
 def main(args: Args) -> dict[str, Any]:
     domain = load_domain(args.domain)
     days, version = delta.days_of(args.lake, tables.instances(domain), args.start, args.end)
-    check = Check(args.lake, domain, version, args.limits, args.tables)
+    check = Check(args.lake, domain, version, args.limits, args.tables, days)
     bar = progress.bar(len(days), desc=f"check of {domain.name}", unit="day")
     check.remember_week(days.start)
     for day in days:
@@ -167,8 +167,12 @@ class Check:
         version: int,
         limits: Limits,
         parts: Collection[Part] = ALL,
+        days: Days | None = None,
     ) -> None:
+        """`days`: those that will be checked; None: any."""
         self.lake, self.domain, self.limits = lake, domain, limits
+        self.days = days or Days(date.min, date.max)
+        self.refusals: dict[str, dict[date, str]] = {}
         self.found: list[Found] = []
 
         def opened(part: Part, table: Table) -> Reader | None:
@@ -231,7 +235,11 @@ class Check:
                 self._add(reader, day, missing, line)
         for line in _lines(self.tokens, day):
             assert self.tokens is not None  # it has a line
-            self._add(self.tokens, day, _refused(self.lake, line, day), line)
+            if line not in self.refusals:
+                self.refusals[line] = _refusals(self.lake, line, self.days)
+            if why := self.refusals[line].get(day):
+                says = f"not trained on, so that yesterday's weights wrote its tokens: {why}"
+                self._add(self.tokens, day, [Finding("refused", says, 1, [])], line)
         self._week(day)
 
     def _week(self, day: date) -> None:
@@ -317,14 +325,10 @@ def _lines(reader: Reader | None, day: date) -> list[str]:
     return [line for line, days in found.items() if line is not None and day in days]
 
 
-def _refused(lake: str, line: str, day: date) -> list[Finding]:
-    """That a line did not train on a day, by what it says of the version that wrote the day."""
-    found = []
-    for row in lines.ending(lake, line, Days(day, day + timedelta(days=1))):
-        if why := json.loads(row["metrics"]).get("refused"):
-            says = f"the day was not trained on, and yesterday's weights wrote its tokens: {why}"
-            found.append(Finding("refused", says, 1, []))
-    return found
+def _refusals(lake: str, line: str, days: Days) -> dict[date, str]:
+    """Days that a line did not train on, and why, by what its versions say."""
+    told = ((row["end"], json.loads(row["metrics"])) for row in lines.ending(lake, line, days))
+    return {end - timedelta(days=1): of["refused"] for end, of in told if "refused" in of}
 
 
 def _before(held: dict[date, Any], day: date) -> list[Any]:

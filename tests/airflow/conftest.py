@@ -50,6 +50,11 @@ class World:
     def settings(self) -> Path:
         return self.folder / "airflow.toml"
 
+    @property
+    def alerts(self) -> Path:
+        """What has been told to the command that IAT_ALERT names."""
+        return self.folder / "alerts.txt"
+
     def domain_file(self, name: str) -> Path:
         return self.folder / "domains" / f"{name}.toml"
 
@@ -118,9 +123,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             "trailing = 2",
             "judged = 1",
             "margin = 1.0",
+            # About ten seconds, which no run keeps.
+            *(["deadline_hours = 0.003"] if name == "bad" else []),
             f"catchup = {'true' if name in ('scheduled', 'bad') else 'false'}",
         ]  # fmt: skip
     made.settings.write_text("\n".join(lines) + "\n")
+    alert = made.folder / "alert"
+    alert.write_text(f'#!/bin/sh\necho "$1" >> "{made.alerts}"\n')
+    alert.chmod(0o755)
+    os.environ["IAT_ALERT"] = str(alert)
     return made
 
 

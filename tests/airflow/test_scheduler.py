@@ -179,6 +179,9 @@ def test_a_day_of_bad_input_fails_and_blocks_only_what_depends_on_it(
     }
     tried = airflow.tasks(dag, runs[1]["dag_run_id"])["build_instances"]["try_number"]
     assert tried == 1  # wrong input is not tried again
+    alerts = world.alerts.read_text()
+    assert f"failed: {dag} build_instances of {runs[1]['dag_run_id']}" in alerts
+    assert "late: the daily run of bad" in alerts
     waiting = {"walk_compressor", "check_tokens", "extend_index"}
     assert {states[2][name] for name in waiting} == {"skipped"}
     assert {states[2][name] for name in TASKS - waiting} == {"success"}
