@@ -8,10 +8,9 @@ from typing import Any, cast
 from airflow.sdk import DAG, Param
 from airflow.sdk import task as python_task
 
-from dags.alerts import failed
 from dags.commands import Flag, job
 from dags.settings import Settings
-from dags.tasks import defaults, here, mapped, task, with_master
+from dags.tasks import here, mapped, of_all, task, with_master
 
 BUILT = ("instances", "streams", "samples")
 FILE = "{{ domain_files[params.domain] }}"
@@ -31,7 +30,6 @@ def backfill(settings: Settings) -> DAG:
         "iat_backfill",
         schedule=None,
         max_active_runs=2,
-        default_args=defaults(settings) | {"on_failure_callback": failed},
         params={
             "domain": Param(next(iter(files), ""), type="string", enum=[*files] or [""]),
             "start": Param("2026-01-01", type="string", format="date", description="First day"),
@@ -46,8 +44,8 @@ def backfill(settings: Settings) -> DAG:
             "days_at_once": Param(1, type="integer", minimum=1, description="Days of one task"),
         },
         user_defined_macros={"domain_files": files, "domain_events": events},
-        tags=["iat"],
         doc_md=__doc__,
+        **of_all(settings),
     ) as dag:  # fmt: skip
         plan = here(
             settings,

@@ -6,12 +6,10 @@ from pathlib import Path
 
 from airflow.sdk import DAG, Param
 
-from dags.alerts import failed
 from dags.commands import Flag, job
 from dags.compat import CronDataIntervalTimetable
-from dags.daily import last_moment, midnight
 from dags.settings import Settings
-from dags.tasks import deadline, defaults, task
+from dags.tasks import of_domain, task
 
 UNTIL = "(params.until or ((data_interval_end or logical_date or dag_run.run_after) | ds))"
 """The day after the last that the new line is trained on."""
@@ -31,19 +29,14 @@ def compressor(settings: Settings, domain: str, file: Path) -> DAG:
         schedule=CronDataIntervalTimetable(schedule.retrain, timezone="UTC")
         if schedule.retrain
         else None,
-        start_date=midnight(schedule.start),
-        end_date=last_moment(schedule.end),
         catchup=False,
-        max_active_runs=1,
-        default_args=defaults(settings) | {"on_failure_callback": failed},
-        deadline=deadline(schedule, f"the new compressor line of {domain}"),
         params={
             "until": Param(
                 "", type="string", description="The day after the last trained on; empty: today"
             )
         },
-        tags=["iat", domain],
         doc_md=__doc__,
+        **of_domain(settings, domain, f"the new compressor line of {domain}"),
     ) as dag:
         train = task(
             settings,

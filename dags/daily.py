@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from datetime import UTC, date, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 from airflow.sdk import DAG, Asset, chain
 
-from dags.alerts import failed
 from dags.commands import DAY, Flag, job
 from dags.compat import CronDataIntervalTimetable
 from dags.settings import Settings
-from dags.tasks import deadline, defaults, sensor, task
+from dags.tasks import midnight, of_domain, sensor, task
 
 
 def tokens_of(domain: str) -> Asset:
@@ -29,14 +28,11 @@ def daily(settings: Settings, domain: str, file: Path) -> DAG:
     with DAG(
         f"iat_daily_{domain}",
         schedule=CronDataIntervalTimetable(schedule.cron, timezone="UTC"),
-        start_date=midnight(schedule.start),
-        end_date=last_moment(schedule.end),
+        # `end` is the day after the last: no run's days begin there.
+        end_date=midnight(schedule.end) - timedelta(microseconds=1) if schedule.end else None,
         catchup=schedule.catchup,
-        max_active_runs=1,
-        default_args=defaults(settings) | {"on_failure_callback": failed},
-        deadline=deadline(schedule, f"the daily run of {domain}"),
-        tags=["iat", domain],
         doc_md=__doc__,
+        **of_domain(settings, domain, f"the daily run of {domain}"),
     ) as dag:
         build = task(
             settings,
@@ -103,13 +99,3 @@ def daily(settings: Settings, domain: str, file: Path) -> DAG:
             steps.insert(0, sensor(settings, schedule, "wait_for_events", arrived, doc))
         chain(*steps, [check_tokens, index])
     return dag
-
-
-def midnight(day: date) -> datetime:
-    """The first moment of a day, UTC."""
-    return datetime.fromisoformat(f"{day}T00:00:00").replace(tzinfo=UTC)
-
-
-def last_moment(end: date | None) -> datetime | None:
-    """A run's days begin no later than this: `end` is the day after the last."""
-    return midnight(end) - timedelta(microseconds=1) if end else None

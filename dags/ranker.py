@@ -6,11 +6,10 @@ from pathlib import Path
 
 from airflow.sdk import DAG, Param
 
-from dags.alerts import failed
 from dags.commands import job
-from dags.daily import midnight, tokens_of
+from dags.daily import tokens_of
 from dags.settings import Settings
-from dags.tasks import deadline, defaults, task
+from dags.tasks import of_domain, task
 
 NEWEST = (
     "{{{{ params.{key} "
@@ -27,18 +26,13 @@ def ranker(settings: Settings, domain: str, file: Path) -> DAG:
     with DAG(
         f"iat_ranker_{domain}",
         schedule=[tokens_of(domain)],
-        start_date=midnight(schedule.start),
-        catchup=False,
-        max_active_runs=1,
-        default_args=defaults(settings) | {"on_failure_callback": failed},
-        deadline=deadline(schedule, f"the rankers of {domain}"),
         params={
             "line": Param("", type="string", description="By hand: the line whose tokens are read"),
             "first": Param("", type="string", description="By hand: the ranker's first day, UTC"),
             "end": Param("", type="string", description="By hand: the day after the last, UTC"),
         },
-        tags=["iat", domain],
         doc_md=__doc__,
+        **of_domain(settings, domain, f"the rankers of {domain}"),
     ) as dag:
         for each in schedule.rankers:
             name = f"{each['ranker']}_{each['arm']}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from airflow.sdk import BaseOperator, XComArg
 from airflow.sdk.definitions.deadline import AsyncCallback, DeadlineAlert, DeadlineReference
 
+from dags.alerts import failed
 from dags.operators import IatOperator, IatSensor
 from dags.settings import Schedule, Settings
 
@@ -21,24 +22,39 @@ POOLS: Mapping[Kind, str] = {"light": "default_pool", "spark": "iat_spark", "gpu
 MOST_DELAY = timedelta(minutes=30)
 
 
-def defaults(settings: Settings) -> dict[str, Any]:
-    """default_args of every DAG."""
-    return {
+def of_all(settings: Settings) -> dict[str, Any]:
+    """Arguments of every DAG."""
+    default_args = {
         "retries": settings.retries,
         "retry_delay": timedelta(seconds=settings.retry_s),
         "retry_exponential_backoff": True,
         "max_retry_delay": MOST_DELAY,
         "execution_timeout": timedelta(hours=settings.timeout_hours),
+        "on_failure_callback": failed,
     }
+    return {"default_args": default_args, "tags": ["iat"]}
 
 
-def deadline(schedule: Schedule, what: str) -> DeadlineAlert:
-    """An alert where a run has not ended so long after it was queued."""
-    return DeadlineAlert(
+def of_domain(settings: Settings, domain: str, what: str) -> dict[str, Any]:
+    """Arguments of a domain's DAGs: one run at a time, and an alert where `what` has not ended so
+    long after it was queued."""
+    schedule = settings.of(domain)
+    late = DeadlineAlert(
         reference=DeadlineReference.DAGRUN_QUEUED_AT,
         interval=timedelta(hours=schedule.deadline_hours),
         callback=AsyncCallback("dags.alerts.late", kwargs={"what": what}),
     )
+    return of_all(settings) | {
+        "start_date": midnight(schedule.start),
+        "max_active_runs": 1,
+        "deadline": late,
+        "tags": ["iat", domain],
+    }
+
+
+def midnight(day: date) -> datetime:
+    """The first moment of a day, UTC."""
+    return datetime(day.year, day.month, day.day, tzinfo=UTC)
 
 
 def task(

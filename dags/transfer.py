@@ -9,10 +9,9 @@ from typing import Any
 from airflow.sdk import DAG, Param
 from airflow.sdk import task as python_task
 
-from dags.alerts import failed
 from dags.commands import job
 from dags.settings import Settings
-from dags.tasks import defaults, mapped, task
+from dags.tasks import mapped, of_all, task
 
 OUT = "{{ params.name or run_id | replace(':', '-') }}"
 
@@ -26,7 +25,6 @@ def transfer(settings: Settings) -> DAG:
         "iat_transfer",
         schedule=None,
         max_active_runs=1,
-        default_args=defaults(settings) | {"on_failure_callback": failed},
         params={
             "sources": Param([], description="Domains whose tokens are read", **names),
             "targets": Param([], description="Domains whose rankers read them", **names),
@@ -37,8 +35,8 @@ def transfer(settings: Settings) -> DAG:
             ),
             "name": Param("", type="string", description="Folder of the results; empty: the run's"),
         },
-        tags=["iat"],
         doc_md=__doc__,
+        **of_all(settings),
     ) as dag:
         out = f"{settings.work}/transfer/{OUT}"
         runs = mapped(
