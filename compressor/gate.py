@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, stdev
 from typing import NamedTuple
 
 from pipelines.errors import InputError
@@ -19,7 +19,8 @@ TRAILING_DAYS = 7
 ENOUGH_DAYS = 3
 """Days of the week before that a figure needs to be judged by."""
 SURE = 3.0
-"""Standard errors beyond which a day's AUC is not chance."""
+"""Standard deviations beyond which a day's AUC is not chance: of the day's own rows, or of the days
+of the week before, which of few users differ by more than their rows say."""
 
 
 class DayFigures(NamedTuple):
@@ -51,7 +52,7 @@ class GateLimits:
     """How far a day's figures may be from the medians of the week before."""
 
     auc_drop: float = 0.05
-    """Of AUC, below; a day of few labels is given three standard errors, if those are more."""
+    """Of AUC, below; three standard deviations, if those are more."""
     loss_rise: float = 0.5
     """Of the log loss and of the training loss, above, as a share."""
 
@@ -76,16 +77,18 @@ def why_refused(day: DayFigures, week: Sequence[DayFigures], limits: GateLimits)
     if math.isinf(day.loss):
         return "its training loss is not finite"
     bars = (
-        ("AUC", day.auc, -1.0, max(limits.auc_drop, SURE * day.auc_error), [d.auc for d in week]),
-        ("log loss", day.log_loss, 1.0, None, [d.log_loss for d in week]),
-        ("training loss", day.loss, 1.0, None, [d.loss for d in week]),
+        ("AUC", day.auc, -1.0, [d.auc for d in week]),
+        ("log loss", day.log_loss, 1.0, [d.log_loss for d in week]),
+        ("training loss", day.loss, 1.0, [d.loss for d in week]),
     )
-    for name, value, sign, allowed, before in bars:
+    for name, value, sign, before in bars:
         held = [each for each in before if math.isfinite(each)]
         if math.isnan(value) or len(held) < ENOUGH_DAYS:
             continue
         usual = median(held)
-        most = limits.loss_rise * usual if allowed is None else allowed
+        most = limits.loss_rise * usual
+        if name == "AUC":
+            most = max(limits.auc_drop, SURE * day.auc_error, SURE * stdev(held))
         if sign * (value - usual) > most:
             return (
                 f"its {name} is {value:.4f}, and {usual:.4f} in the week before "

@@ -40,9 +40,9 @@ class Args:
     """Name of a domain that comes with the toolkit, or a FILE.toml."""
     lake: str
     """Root folder or object-store URI of the Delta tables."""
-    start: date
+    start: date | None = None
     """First day (UTC)."""
-    end: date
+    end: date | None = None
     """The day after the last."""
     closed: bool = False
     """Wait for an event after the days, not only of the last of them."""
@@ -57,6 +57,8 @@ class Args:
 
 
 def main(args: Args) -> dict[str, Any]:
+    if not args.start or not args.end:
+        raise InputError("say which days are waited for: --start DAY --end DAY")
     domain, days = load_domain(args.domain), Days(args.start, args.end)
     since = days.end if args.closed else date.fromordinal(days.end.toordinal() - 1)
     latest = latest_of(args, domain)

@@ -49,10 +49,10 @@ class Args(GateLimits):
     line: str = APPROVED
     """The line; approved: the domain's approved one or, before there is any, one begun now."""
     start: date | None = None
-    """First day that the caller asks for; of earlier ones nothing is said if they were walked
-    before."""
-    end: date
-    """The day after the last that the caller asks for; later ones that are ready are walked too."""
+    """First day that the caller asks for: of these days the result tells, walked now or before."""
+    end: date | None = None
+    """The day after the last that the caller asks for; all that are ready are walked in any
+    case."""
     begin: date | None = None
     """First day (UTC) of a line begun now."""
     order: Literal["temporal", "user"] = "user"
@@ -68,7 +68,7 @@ class Args(GateLimits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start is not None and self.start >= self.end:
+        if self.start and self.end and self.start >= self.end:
             raise InputError(f"--start {self.start} must be before --end {self.end}")
 
 
@@ -91,7 +91,7 @@ def main(args: Args) -> dict[str, Any]:
     walked: list[date] = []
     refused: dict[str, str] = {}
     waits = ""
-    days = Days(line.end, max(line.end, args.end, latest(args.lake, domain)))
+    days = Days(line.end, max(line.end, args.end or line.end, latest(args.lake, domain)))
     states = states_of(args.lake, domain, days, None) if len(days) else {}
     for day in days:
         waits = why_waiting(args.lake, domain, day, states)
@@ -104,11 +104,8 @@ def main(args: Args) -> dict[str, Any]:
         if not line.is_approved:
             line = approved_first(args.lake, domain, line)
     # A run that is repeated tells of the days that it was asked for, walked then or now.
-    held = (
-        {day for day in Days(args.start, args.end) if line.first <= day < line.end}
-        if args.start
-        else set()
-    )
+    asked = Days(args.start, args.end) if args.start and args.end else ()
+    held = [day for day in asked if line.first <= day < line.end]
     result = {
         "domain": domain.name,
         "line": line.name,

@@ -254,6 +254,12 @@ def test_a_day_is_refused_by_the_week_before_it(
     assert bool(found) == bool(says)
 
 
+def test_a_week_whose_days_differ_allows_a_day_to_differ() -> None:
+    week = [FIGURES._replace(auc=auc) for auc in (0.7, 0.9, 0.75, 0.85, 0.8)]
+    assert not why_refused(FIGURES._replace(auc=0.6), week, GateLimits())
+    assert why_refused(FIGURES._replace(auc=0.5), week, GateLimits())
+
+
 def test_figures_of_a_long_walk_judge_the_day_after_it(tmp_path: Path) -> None:
     lake = str(tmp_path)
     for number in range(5):
