@@ -4,6 +4,7 @@ compared on days that both have walked."""
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +15,34 @@ import pyarrow.parquet as pq
 from compressor import versions
 from compressor.data import StreamData
 from compressor.walk import DayResult
+from pipelines import forgotten
 from pipelines.days import Days, as_date
 from pipelines.errors import InputError
 
 
 def save(lake: str, line: str, data: StreamData, result: DayResult) -> None:
-    """A file a day beside the line's weights: instance_id, logit; whole or not at all."""
+    """A file a day beside the line's weights: instance_id, user_id, logit."""
+    columns = {"instance_id": data.instance_id, "user_id": data.user_id}
+    rows = {name: values[result.row] for name, values in columns.items()}
     place = path(lake, line, str(as_date(result.day)))
+    _write(place, pa.table({**rows, "logit": result.score}).sort_by("instance_id"))
+
+
+def forget(lake: str, line: str, users: Collection[int]) -> None:
+    """The users' rows leave every day of a line."""
+    for place in sorted(path(lake, line, "").parent.glob("*.parquet")):
+        rows = pq.read_table(place)
+        others = forgotten.without(rows, users)
+        if len(others) < len(rows):
+            _write(place, others)
+
+
+def _write(place: Path, rows: pa.Table) -> None:
+    """Whole or not at all."""
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f".{place.name}.{os.getpid()}")
-    rows = pa.table({"instance_id": data.instance_id[result.row], "logit": result.score})
     try:
-        pq.write_table(rows.sort_by("instance_id"), part)
+        pq.write_table(rows, part)
         part.replace(place)
     finally:
         part.unlink(missing_ok=True)

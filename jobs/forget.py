@@ -21,13 +21,14 @@ import pyarrow.dataset as ds
 import tyro
 from tqdm import tqdm
 
-from compressor import item_erasure
+from compressor import item_erasure, predictions
 from compressor.item_erasure import Sums
 from compressor.training import checkpoint
 from downstream.index_arrays import Meta
 from downstream.user_index import UserIndex
 from jobs import ledger
 from pipelines import delta, forgotten, manifests, sources, tables
+from pipelines import lines as compressor_lines
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
@@ -196,6 +197,9 @@ def erase(
         delta.rewrite(
             lake, table, traces.days.get(table.name, []), partial(_same, change), commit=commit
         )
+    if "://" not in lake:  # weights, and what they predicted, are in local lakes alone
+        for row in compressor_lines.newest(lake, domain.name):
+            predictions.forget(lake, row["compressor_line"], users)
     sources.forget(domain, lake, users, dry_run=False)
 
 
