@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 from pipelines.errors import InputError
@@ -184,12 +185,12 @@ def run(command: list[str | Path], what: str, advice: str = "") -> None:
         raise InputError(f"{what}: failed, for the reason above. {advice}".strip())
 
 
-def main() -> int:
+def main(work: Callable[[], None] = set_up) -> int:
     """Sets up, one process at a time; 2 when this machine or its configuration must change."""
     try:
         here = os.open(ROOT, os.O_RDONLY)
         fcntl.flock(here, fcntl.LOCK_EX)
-        set_up()
+        work()
     except InputError as error:
         say(f"{error}")
         return 2

@@ -12,8 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.setup import OFFLINE, PYTHON, ROOT, run, say, stamp_of, uv_settings
-from pipelines.errors import InputError
+from jobs.setup import OFFLINE, PYTHON, ROOT, main, run, say, stamp_of, uv_settings
 
 AIRFLOW_VENV = ROOT / ".venv-airflow"
 LOCK = ROOT / "requirements-airflow.lock"
@@ -41,14 +40,5 @@ def set_up() -> None:
     say(f"Airflow: done in {time.monotonic() - started:.0f} s")
 
 
-def main() -> int:
-    try:
-        set_up()
-    except InputError as error:
-        say(f"{error}")
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(set_up))

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from compressor import data as streams
 from compressor import predictions, versions
 from compressor.configs import SourceConfig, TrainingConfig
-from compressor.data import StreamData
+from compressor.data import DAY_US, StreamData
 from compressor.export import TokenWriter
-from compressor.gate import DayFigures, Gate
+from compressor.gate import DayFigures, Gate, RefusedError
 from compressor.nn.embedding import Vocabulary
 from compressor.training import checkpoint, metrics
 from compressor.versions import Version
@@ -177,7 +177,7 @@ def train(
         input_versions={stream.name: version},
         user_share=args.user_share,
         user_seed=args.user_seed,
-        is_trained=not args.untrained,
+        is_trained=not args.untrained or _has_learned(parent),
     )
     read = Days(since, days.end)
     held_version = _interrupted(args.lake, stream, planned, days, read)
@@ -223,7 +223,11 @@ def train(
         return {**summary, "version": name, **json.loads(lines.find(args.lake, name)["metrics"])}
     writer = TokenWriter(args.lake, domain, line, data, planned.config.bottleneck, commit)
     left = Days(done, days.end)
-    summary |= _streaming(trainer, data, left, args, writer, planned, save, gate)
+    try:
+        summary |= _streaming(trainer, data, left, args, writer, planned, save, gate)
+    except RefusedError:
+        manifests.release(args.lake, manifest.name)  # nothing was made of what it pins
+        raise
     run.outputs |= writer.written
     return summary
 
@@ -275,6 +279,13 @@ def _parents(args: Args) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         the_day_before = Days(args.start - timedelta(days=1), args.start)
         before = next(iter(lines.ending(args.lake, args.parent, the_day_before)), row)
     return row, before
+
+
+def _has_learned(parent: Mapping[str, Any] | None) -> bool:
+    """Whether the weights that a run goes on with have ever learned."""
+    return parent is not None and bool(
+        checkpoint.meta(Path(parent["artifact"]))["version"]["is_trained"]
+    )
 
 
 def _check_owner(lake: str, line: str, domain: Domain) -> None:
@@ -431,9 +442,12 @@ def source_metrics(data: StreamData, results: list[DayResult]) -> dict[str, Any]
 
 
 def day_figures(data: StreamData, result: DayResult) -> DayFigures:
-    """What the walk of one day tells of it."""
-    label = data.tensors.label_N.cpu().numpy()[result.row]
-    known = ~np.isnan(label)
+    """What the walk of one day tells of it, by the labels that it may train on: those known by the
+    day's end."""
+    label, label_time = (
+        t.cpu().numpy()[result.row] for t in (data.tensors.label_N, data.tensors.label_time_N)
+    )
+    known = ~np.isnan(label) & (label_time < (result.day + 1) * DAY_US)
     label, logit = label[known], result.score[known].astype(np.float64)
     positives = int((label == 1).sum())
     return DayFigures(

@@ -18,7 +18,7 @@ from compressor import versions
 from compressor.gate import DayFigures, GateLimits, why_refused
 from compressor.training import checkpoint
 from jobs import approve, check_tables, ledger, rollback, train_compressor, walk_compressor
-from pipelines import approvals, delta, lines, tables
+from pipelines import approvals, delta, lines, manifests, tables
 from pipelines.days import Days
 from pipelines.domain import Domain, parse
 from pipelines.errors import CheckFailedError, InputError
@@ -34,8 +34,15 @@ JOBS = (train_compressor, walk_compressor, approve, rollback, check_tables)
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small weights, and the tiny domain under any name."""
-    config = lambda order: small_config(order=order, context=4, sit_layers=1)  # noqa: E731
-    monkeypatch.setattr(train_compressor, "SourceConfig", config)
+    patch(monkeypatch)
+
+
+def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        train_compressor,
+        "SourceConfig",
+        lambda order: small_config(order=order, context=4, sit_layers=1),
+    )
     for job in JOBS:
         monkeypatch.setattr(job, "load_domain", lambda _: DOMAIN)
 
@@ -120,10 +127,7 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Days in order, one after the other."""
     lake = str(tmp_path_factory.mktemp("quiet"))
     with pytest.MonkeyPatch.context() as patched:
-        config = lambda order: small_config(order=order, context=4, sit_layers=1)  # noqa: E731
-        patched.setattr(train_compressor, "SourceConfig", config)
-        for job in JOBS:
-            patched.setattr(job, "load_domain", lambda _: DOMAIN)
+        patch(patched)
         for number, result in enumerate(daily(lake, range(NUM_DAYS))):
             assert result["walked"] == result["days"] == [str(day(number))]
     return lake
@@ -221,11 +225,35 @@ def test_a_day_out_of_line_is_not_trained_on(tmp_path: Path, quiet: str) -> None
                     for each in (lake, quiet))  # fmt: skip
     assert ours["instance_id"].equals(theirs["instance_id"])
     assert not ours["token"].equals(theirs["token"])
+    # What the refused training pinned is let go; what wrote the day is a compressor that learned.
+    pinned = [manifest.args for manifest, _ in manifests.live(lake, "tiny")]
+    assert [args["untrained"] for args in pinned if args["start"] == str(day(4))] == [True]
+    (version,) = versions.within(lake, LINE, Days(day(4), day(5)))
+    assert version.is_trained
     build(lake, 5)
     assert walk(lake, 5)["refused"] == {}
     check_tables.main(
         check_tables.Args(**args | {"start": day(5), "end": day(6)}, tables=("tokens",))
     )
+
+
+def test_labels_known_after_the_day_decide_nothing(tmp_path: Path) -> None:
+    """Neither whether the day is trained on, nor by which weights its tokens are written."""
+    left = []
+    for change in (lambda rows: rows, turned):
+        lake = str(tmp_path / str(len(left)))
+        daily(lake, range(4))
+
+        def late(rows: pa.Table, change: Change = change) -> pa.Table:
+            moment = pc.add(rows["label_time_buy"].cast(pa.int64()), 86_400_000_000)
+            kind = rows.schema.field("label_time_buy").type
+            return with_column(change(rows), "label_time_buy", moment.cast(kind))
+
+        build(lake, 4, late)
+        result = walk(lake, 4)
+        assert (result["walked"], result["refused"]) == ([str(day(4))], {})
+        left.append(left_by(lake))
+    assert left[0] == left[1]
 
 
 FIGURES = DayFigures(auc=0.8, log_loss=0.4, loss=0.5, positives=1000, negatives=1000)
