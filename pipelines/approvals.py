@@ -39,19 +39,6 @@ def approved(lake: str, domain: Domain) -> Approval | None:
     return Approval(rows[0]["line"], tuple(rows[0]["earlier"]), json.loads(rows[0]["evidence"]))
 
 
-def line_of(lake: str, domain: Domain, name: str) -> str:
-    """The line that a command means by a name; InputError where `approved` names none."""
-    if name != APPROVED:
-        return name
-    held = approved(lake, domain)
-    if held is None:
-        raise InputError(
-            f"no compressor line of {domain.name} is approved in {lake}; name one, or approve one "
-            f"(iat approve --domain {domain.name} --lake {lake} --line LINE)"
-        )
-    return held.line
-
-
 def approve(
     lake: str, domain: Domain, line: str, evidence: Mapping[str, Any], *, commit: Mapping[str, str]
 ) -> Approval:
