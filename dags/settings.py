@@ -148,7 +148,9 @@ def _made(kind: Any, given: Mapping[str, Any], where: str) -> Any:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for name, value in values.items():
         default = known[name].default
-        wanted = (int, float) if isinstance(default, float) else type(default)
-        if isinstance(default, str | int | float | bool | tuple) and not isinstance(value, wanted):
-            raise SettingsError(f"{where}: {name} must be like {default!r}, got {value!r}")
+        example = date(2026, 1, 1) if name == "end" else default
+        wanted = (int, float) if isinstance(example, float) else type(example)
+        is_checked = isinstance(example, str | int | float | bool | tuple | date)
+        if is_checked and not isinstance(value, wanted):
+            raise SettingsError(f"{where}: {name} must be like {example!s}, got {value!r}")
     return kind(**values)

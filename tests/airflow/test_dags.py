@@ -157,6 +157,8 @@ def test_the_same_dags_parse_on_airflow_3_1(newest: Any, tmp_path: Path) -> None
         ("GOOD\nlakes = 1\n", "there is no lakes"),
         ('GOOD\noperator = "x"\n', "operator must be one of"),
         ('GOOD\n[domain.shop]\nwindow = "x"\n', "window must be like 30"),
+        ('GOOD\n[domain.shop]\nend = "2026-02-01"\n', "end must be like 2026-01-01"),
+        ('GOOD\n[domain.shop]\nstart = "2026-02-01"\n', "start must be like 2026-01-01"),
         ("GOOD\n[domain.shop]\nwindows = 3\n", r"\[domain.shop\]: there is no windows"),
     ],
 )
