@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 
 from jobs.airflow import HOST, Local
 from pipelines import approvals
-from tests.airflow.client import Client, wait
+from tests.airflow.client import ENDED, Client, wait
 from tests.airflow.conftest import FIRST, NUM_DAYS, World, day
 
 DAY_S = 900
@@ -113,12 +114,31 @@ def test_a_task_killed_half_way_is_tried_again_and_leaves_the_same(
         ("walk-compressor", "instance_tokens/killed"),
     ):
         os.kill(once_at_work("killed", command, table, world), signal.SIGKILL)
-    airflow.wait_for_runs(dag, 1, DAY_S)
+    wait_for_end(airflow, dag, run)
     tasks = airflow.tasks(dag, run)
     assert {name: task["state"] for name, task in tasks.items()} == dict.fromkeys(TASKS, "success")
     hit = ("build_instances", "build_streams_and_samples", "walk_compressor")
     assert [tasks[name]["try_number"] for name in hit] == [2, 2, 2]
     assert_same(world.rows("killed"), world.by_hand("killed", 1))
+
+
+def test_a_run_waits_in_the_triggerer_until_its_events_are_there(
+    airflow: Client, world: World
+) -> None:
+    dag, late = "iat_daily_killed", [day(NUM_DAYS - 1), day(NUM_DAYS)]
+    raw = world.folder / "raw" / "killed"
+    held = {name: (raw / f"{name}.parquet").read_bytes() for name in late}
+    for name in late:
+        (raw / f"{name}.parquet").unlink()
+    airflow.switch(dag, on=True)
+    run = run_of(airflow, dag, NUM_DAYS - 1)
+    airflow.wait_for_task(dag, run, "wait_for_events", "deferred", DAY_S)
+    time.sleep(10)  # a few looks
+    assert airflow.states(dag, run)["wait_for_events"] == "deferred"
+    for name, rows in held.items():
+        (raw / f"{name}.parquet").write_bytes(rows)
+    airflow.wait_for_task(dag, run, "wait_for_events", "success", DAY_S)
+    airflow.ask("PATCH", f"/dags/{dag}/dagRuns/{run}", {"state": "failed"})
 
 
 @pytest.mark.slow
@@ -258,6 +278,11 @@ def test_a_transfer_experiment_is_a_task_a_run_and_one_report(
     assert airflow.xcom(dag, run, "report")
     made = sorted(path.name for path in (world.folder / "work" / "transfer" / "trial").iterdir())
     assert made == ["backwards.din.seed0", "backwards.din.seed1"]
+
+
+def wait_for_end(airflow: Client, dag: str, run: str) -> None:
+    path = f"/dags/{dag}/dagRuns/{run}"
+    wait(lambda: airflow.ask("GET", path)["state"], lambda s: s in ENDED, DAY_S, run)
 
 
 def run_of(airflow: Client, dag: str, number: int) -> str:
