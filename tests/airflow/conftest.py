@@ -120,8 +120,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         lines += [
             f"[domain.{name}]", f"start = {FIRST}", f"end = {last}", "poll_s = 2.0",
             f"window = {WINDOW}",
-            "trailing = 2",
-            "judged = 1",
+            "trailing = 3",
+            "judged = 3",
             "margin = 1.0",
             # About ten seconds, which no run keeps.
             *(["deadline_hours = 0.003"] if name == "bad" else []),
