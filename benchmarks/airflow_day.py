@@ -37,6 +37,8 @@ domains = "domains"
 iat = "{iat}"
 [domain.scheduled]
 start = {first}
+# Nothing is scheduled by itself: every run is asked for.
+end = {first}
 window = 3
 """
 
