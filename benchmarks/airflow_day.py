@@ -38,7 +38,7 @@ iat = "{iat}"
 [domain.scheduled]
 start = {first}
 # Nothing is scheduled by itself: every run is asked for.
-end = {first}
+end = {end}
 window = 3
 """
 
@@ -150,7 +150,9 @@ def main() -> None:
             )
             (root / "domains" / f"{name}.toml").write_text(text)
         file = root / "airflow.toml"
-        file.write_text(SETTINGS.format(iat=VENV / "bin" / "iat", first=FIRST))
+        file.write_text(
+            SETTINGS.format(iat=VENV / "bin" / "iat", first=FIRST, end=FIRST + timedelta(days=60))
+        )
         local = Local(home=root / "home", settings=file, port=args.port)
         supervisor = local_airflow.start(local)
         try:
