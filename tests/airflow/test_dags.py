@@ -65,6 +65,25 @@ def test_a_new_domain_file_makes_new_dags(tmp_path: Path) -> None:
     assert command[command.index("--domain") + 1] == str(folder / "shop.toml")
 
 
+def test_spark_goes_to_a_connection_and_lines_are_trained_anew_where_settings_say_so(
+    newest: Any, tmp_path: Path
+) -> None:
+    settings, told = tmp_path / "airflow.toml", ROOT / "dags" / "settings.toml"
+    text = told.read_text().replace('"../', f'"{ROOT}/')
+    retrain = '[domain.grocery]\nretrain = "0 0 1 * *"'
+    settings.write_text('operator = "spark-submit"\n' + text.replace("[domain.grocery]", retrain))
+    held = described(AIRFLOW_VENV / "bin" / "python", tmp_path, settings)
+    spark = {(dag, task) for dag, task, of in tasks(held) if of["type"] == "SparkSubmitOperator"}
+    assert spark == {
+        (f"iat_daily_{domain}", task)
+        for domain in DOMAINS
+        for task in ("build_instances", "build_streams_and_samples")
+    } | {("iat_backfill", "build")}
+    timetables = {name: dag["timetable"] for name, dag in held["dags"].items()}
+    assert timetables["iat_compressor_grocery"] == "CronDataIntervalTimetable"
+    assert newest["dags"]["iat_compressor_grocery"]["timetable"] == "NullTimetable"
+
+
 def test_every_command_parses_as_its_jobs_arguments(newest: Any) -> None:
     seen = set()
     for dag, task, of in tasks(newest):
