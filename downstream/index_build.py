@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -24,6 +26,7 @@ from downstream.index_arrays import (
     ITEM_ARRAYS,
     ITEM_DAY,
     ITEMS,
+    KEY_ARRAYS,
     USERS,
     Array,
     LineMeta,
@@ -31,7 +34,17 @@ from downstream.index_arrays import (
     save_segments,
     user_major_order,
 )
-from downstream.index_files import EVERY, Snapshot, Source, Users, Writer, locked
+from downstream.index_files import (
+    EVERY,
+    ROWS_AT_ONCE,
+    Snapshot,
+    Source,
+    Users,
+    Writer,
+    locked,
+    memory_available,
+    starts_of_runs,
+)
 from downstream.segments import Segments
 from pipelines import tables
 from pipelines.days import Days
@@ -109,15 +122,7 @@ def _write(
     num_rows = int(users.offsets[-1])
     _allocate(writer, domain, users, formats, fields)
     log.info("index of %s: %d users, %d events", domain.name, len(users.user_ids), num_rows)
-    for buckets in tqdm(users.groups(), desc=f"index {domain.name}", unit="group", delay=5):
-        events = Events.read(histories, buckets, domain)
-        user_row = np.searchsorted(users.user_ids, events.user_id)
-        before = np.searchsorted(events.user_id, events.user_id)
-        rows = events.put(writer, users.offsets[user_row] + np.arange(len(before)) - before)
-        for at, line in enumerate(lines):
-            put_tokens(writer, tokens[line], buckets, rows, f"line{at}", formats[line])
-        if logged is not None:
-            put_fields(writer, logged, buckets, rows, domain)
+    _write_events(writer, domain, users, histories, tokens, formats, logged)
     newest_us = writer.arrays["event_time_us"][users.offsets[1:] - 1]
     counts = np.diff(users.offsets)
     save_segments(folder, USERS, 0, Segments.of(users.user_ids, counts, users.bucket, newest_us))
@@ -205,25 +210,72 @@ def _allocate(
         writer.allocate("numbers", (n, len(layout.numbers)), np.float32)
 
 
+def _write_events(
+    writer: Writer,
+    domain: Domain,
+    users: Users,
+    histories: Source,
+    tokens: Mapping[str, Source],
+    formats: Mapping[str, TokenFormat],
+    logged: Source | None,
+) -> None:
+    """Days in order, each event to the place after its user's last: nothing is sorted that the
+    tables have sorted. Two threads read ahead and write.
+
+    Pages of the index that a pass writes stay in memory, or it would wait for the disk at every
+    event; as many buckets a pass as that allows.
+    """
+    next_row = users.offsets[:-1].copy()
+    row_bytes = sum(a[:1].nbytes for a in writer.arrays.values())
+    passes = users.groups(most=max(ROWS_AT_ONCE, memory_available() // 2 // max(1, row_bytes)))
+    parts = [part for buckets in passes for part in users.parts(buckets)]
+
+    def put(events: Events, row: Array, day: date, buckets: Array | None) -> None:
+        rows = events.put(writer, row)
+        for at, (line, source) in enumerate(tokens.items()):
+            put_tokens(writer, source, rows, f"line{at}", formats[line], buckets, day)
+        if logged is not None:
+            put_fields(writer, logged, rows, domain, buckets, day)
+
+    with ThreadPoolExecutor(2) as pool:
+        reading = deque(pool.submit(Events.read, histories, domain, b, d) for d, b in parts[:2])
+        writing: deque[Future[None]] = deque()
+        for at, (day, buckets) in enumerate(tqdm(parts, f"index {domain.name}", unit="part", delay=5)):
+            events = reading.popleft().result()
+            first = starts_of_runs(events.user_id)
+            count = np.diff(first, append=len(events.user_id))
+            place = np.searchsorted(users.user_ids, events.user_id[first])
+            row = np.repeat(next_row[place] - first, count) + np.arange(len(events.user_id))
+            next_row[place] += count
+            writing.append(pool.submit(put, events, row, day, buckets))
+            if at + 2 < len(parts):
+                day, buckets = parts[at + 2]
+                reading.append(pool.submit(Events.read, histories, domain, buckets, day))
+            if len(writing) > 1:
+                writing.popleft().result()
+        for left in writing:
+            left.result()
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Where each instance of a group of buckets is in the index, by ascending instance_id."""
+    """Where each instance of some events is in the index."""
 
     instance_id: Array
     row: Array
 
-    def find(self, instance_id: Array) -> tuple[Array, Array]:
-        """The rows of those instances that are here, and which those are."""
-        if not len(self.instance_id):
-            return np.zeros(0, np.int64), np.zeros(len(instance_id), bool)
-        place = np.searchsorted(self.instance_id, instance_id).clip(max=len(self.instance_id) - 1)
-        is_here = self.instance_id[place] == instance_id
-        return self.row[place[is_here]], is_here
+    def find(self, instance_id: Array) -> tuple[Array, Array | None]:
+        """The rows of those instances that are here, and which those are (None: all)."""
+        if np.array_equal(instance_id, self.instance_id):  # the tables have the same order
+            return self.row, None
+        found = pc.index_in(pa.array(instance_id), value_set=pa.array(self.instance_id))
+        is_here = np.asarray(found.is_valid())
+        return self.row[found.drop_null().to_numpy()], is_here
 
 
 @dataclass(frozen=True)
 class Events:
-    """Events read from histories, in order of (user, event_time, instance_id)."""
+    """Events read from histories: a user's together, in order of (event_time, instance_id)."""
 
     user_id: Array
     bucket: Array
@@ -231,10 +283,12 @@ class Events:
     """What the index holds of them, by array."""
 
     @classmethod
-    def read(cls, source: Source, buckets: Array, domain: Domain) -> Events:
-        """A group of buckets."""
+    def read(
+        cls, source: Source, domain: Domain, buckets: Array | None, day: date | None = None
+    ) -> Events:
+        """Those of some buckets, of a day (None: of all days)."""
         columns = [c for c in source.table.schema.names if c != "event_date"]
-        rows = source.rows(columns, buckets)
+        rows = source.rows(columns, buckets, day)
         found = {"event_time_us": times_us(rows, "event_time")}
         for name in ("instance_id", "item_id", "request_id"):
             found[name] = _ints(rows, name)
@@ -245,54 +299,79 @@ class Events:
             found[f"label_{label.name}"] = np.asarray(value.to_numpy())
             found[f"label_time_us_{label.name}"] = times_us(rows, f"label_time_{label.name}")
         instance_id, user_id = found["instance_id"], _ints(rows, "user_id")
-        if len(np.unique(instance_id)) != len(instance_id):
+        sorted_id = np.sort(instance_id)
+        if (sorted_id[1:] == sorted_id[:-1]).any():
             raise InputError(f"{source.table.name} holds an instance_id twice; build it again")
-        order = user_major_order(user_id, found["event_time_us"], instance_id)
-        return cls(
-            user_id[order],
-            _ints(rows, "user_bucket")[order],
-            {name: column[order] for name, column in found.items()},
+        events = cls(user_id, _ints(rows, "user_bucket"), found)
+        return events if events._is_ordered() else events._ordered()
+
+    def _is_ordered(self) -> bool:
+        user, time_us, tie = self.user_id, *(self.columns[n] for n in KEY_ARRAYS[:2])
+        is_later = (time_us[1:] > time_us[:-1]) | (
+            (time_us[1:] == time_us[:-1]) & (tie[1:] > tie[:-1])
         )
+        is_next = user[1:] != user[:-1]
+        users = np.sort(user[starts_of_runs(user)])
+        return bool((is_later | is_next).all() and (users[1:] != users[:-1]).all())
+
+    def _ordered(self) -> Events:
+        order = user_major_order(self.user_id, *(self.columns[n] for n in KEY_ARRAYS[:2]))
+        columns = {name: column[order] for name, column in self.columns.items()}
+        return Events(self.user_id[order], self.bucket[order], columns)
 
     def put(self, writer: Writer, row: Array) -> Rows:
         """Write each event at its row; says where each instance went."""
         for name, column in self.columns.items():
             writer.put(name, row, column)
-        instance_id = self.columns["instance_id"]
-        by_id = np.argsort(instance_id)
-        return Rows(instance_id[by_id], row[by_id])
+        return Rows(self.columns["instance_id"], row)
 
 
 def put_tokens(
     writer: Writer,
     source: Source,
-    buckets: Array,
     rows: Rows,
     line: str,
     form: TokenFormat,
+    buckets: Array | None,
+    day: date | None = None,
 ) -> None:
-    """Write a group's tokens of one line beside its histories; events without one stay empty."""
-    found = source.rows(["instance_id", "available_time", "token"], buckets)
+    """Write the tokens of one line beside events just written; those without one stay empty."""
+    found = source.rows(["instance_id", "available_time", "token"], buckets, day)
     row, is_here = rows.find(_ints(found, "instance_id"))
-    if len(np.unique(row)) != len(row):
+    sorted_row = np.sort(row)
+    if (sorted_row[1:] == sorted_row[:-1]).any():
         raise InputError(f"{source.table.name} holds two tokens of one instance; write it again")
-    if not is_here.all():
+    if is_here is not None and not is_here.all():
         log.warning("%s: %d tokens have no history row", source.table.name, (~is_here).sum())
-    writer.put(f"{line}/token", row, decode(found.column("token"), form)[is_here])
-    writer.put(f"{line}/available_us", row, times_us(found, "available_time")[is_here])
+        found = found.filter(pa.array(is_here))
+    at = 0
+    for chunk in found.column("token").chunks:  # as they are in memory: together, they are copied
+        writer.put(f"{line}/token", row[at : at + len(chunk)], decode(chunk, form))
+        at += len(chunk)
+    writer.put(f"{line}/available_us", row, times_us(found, "available_time"))
 
 
-def put_fields(writer: Writer, source: Source, buckets: Array, rows: Rows, domain: Domain) -> None:
-    """Write a group's model-ready features; every history row must have them."""
+def put_fields(
+    writer: Writer,
+    source: Source,
+    rows: Rows,
+    domain: Domain,
+    buckets: Array | None,
+    day: date | None = None,
+) -> None:
+    """Write model-ready features beside events just written; every one must have them."""
     layout = FeatureLayout.of(domain)
-    found = source.rows(["instance_id", *layout.columns], buckets)
+    found = source.rows(["instance_id", *layout.columns], buckets, day)
     row, is_here = rows.find(_ints(found, "instance_id"))
-    if len(np.unique(row)) != len(rows.row):
+    num_found = len(np.unique(row))
+    if num_found != len(rows.row):
         raise InputError(
-            f"{source.table.name} has features of {len(np.unique(row))} of {len(rows.row)} events "
+            f"{source.table.name} has features of {num_found} of {len(rows.row)} events "
             "of the histories; build the streams of all days again"
         )
-    made = arrays(found, layout).take(np.flatnonzero(is_here))
+    made = arrays(found, layout)
+    if is_here is not None:
+        made = made.take(np.flatnonzero(is_here))
     writer.put("ids", row, made.ids)
     writer.put("numbers", row, made.numbers)
 

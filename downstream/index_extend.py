@@ -189,7 +189,7 @@ class _Extension:
         going_us = [(first * DAY_US, last * DAY_US) for first, last in runs(numbers)]
         buckets_before = np.unique(held.bucket[held.newest_us >= going_us[0][0]])
         for buckets in users.groups(buckets_before):
-            events = Events.read(histories, buckets, domain)
+            events = Events.read(histories, domain, buckets)
             for name in names:
                 writer.grow(name, num_rows)
             time_us, instance_id = (writer.arrays[x] for x in ("event_time_us", "instance_id"))
@@ -210,9 +210,9 @@ class _Extension:
                 writer.put(f"{spec.folder}/token", growth.new_to, 0)
                 writer.put(f"{spec.folder}/available_us", growth.new_to, NEVER_US)
                 form = TokenFormat(spec.codec, spec.width)
-                put_tokens(writer, tokens[line], buckets, rows, spec.folder, form)
+                put_tokens(writer, tokens[line], rows, spec.folder, form, buckets)
             if logged is not None:
-                put_fields(writer, logged, buckets, rows, domain)
+                put_fields(writer, logged, rows, domain, buckets)
             held, num_rows = growth.segments, growth.num_rows
         return held, num_rows
 

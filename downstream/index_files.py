@@ -6,9 +6,12 @@ import fcntl
 import io
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,18 @@ from pipelines.errors import InputError
 from pipelines.tables import Table
 
 EVERY = ds.scalar(True)
-ROWS_AT_ONCE = 4_000_000
-"""Events sorted in memory at a time."""
+ROWS_AT_ONCE = 262_144
+"""Events in memory at a time, of each of two threads."""
+
+
+CGROUP = tuple(
+    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    )
+)
+"""A control group's limit of memory and what is used of it, as a container sees its own."""
 
 
 class Snapshot:
@@ -69,14 +82,54 @@ class Source:
 
     def batches(self, columns: list[str]) -> Any:
         """Record batches in an order that is the same each time."""
-        return self._scan(columns, self.kept).to_batches()
+        return self._scan(self.files, columns, self.kept).to_batches()
 
-    def rows(self, columns: list[str], buckets: Array) -> pa.Table:
-        kept = self.kept & ds.field("user_bucket").isin(pa.array(buckets))
-        return self._scan(columns, kept).to_table()
+    def rows(
+        self, columns: list[str], buckets: Array | None = None, day: date | None = None
+    ) -> pa.Table:
+        """Of some buckets (None: all) of one day (None: of all days)."""
+        kept = self.kept
+        if buckets is not None:
+            kept &= ds.field("user_bucket").isin(pa.array(buckets))
+        files = self.files if day is None else self.files_of(day)
+        return self._scan(files, columns, kept).to_table()
 
-    def _scan(self, columns: list[str], kept: ds.Expression) -> ds.Scanner:
-        return delta.scan(self.opened, self.table, columns, kept, days=self.days)
+    @cached_property
+    def files(self) -> ds.FileSystemDataset:
+        return delta.dataset(self.opened, self.table, self.days)
+
+    def files_of(self, day: date) -> ds.FileSystemDataset:
+        """Those of one day; asking the table for each day again would cost more than reading it."""
+        files = self.files
+        return ds.FileSystemDataset(
+            self._by_day.get(day, []), files.schema, files.format, files.filesystem
+        )
+
+    @property
+    def days_there(self) -> list[date]:
+        """Days that have a file, ascending."""
+        return sorted(self._by_day)
+
+    @cached_property
+    def _by_day(self) -> dict[date, list[ds.Fragment]]:
+        found: dict[date, list[ds.Fragment]] = defaultdict(list)
+        for fragment in self.files.get_fragments():
+            keys = ds.get_partition_keys(fragment.partition_expression)
+            found[date.fromisoformat(str(keys["event_date"]))].append(fragment)
+        return found
+
+    def _scan(
+        self, files: ds.FileSystemDataset, columns: list[str], kept: ds.Expression
+    ) -> ds.Scanner:
+        values = self._projections.get(tuple(columns))
+        if values is None:
+            values = delta.projection(self.opened, self.table, columns)
+            self._projections[tuple(columns)] = values
+        return files.scanner(columns=values, filter=kept)
+
+    @cached_property
+    def _projections(self) -> dict[tuple[str, ...], dict[str, ds.Expression]]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -86,29 +139,42 @@ class Users:
     user_ids: Array
     offsets: Array
     bucket: Array
+    day_counts: Mapping[date, Array]
+    """Rows of each day, ascending, by bucket."""
 
     @classmethod
     def read(cls, source: Source) -> Users:
         """One pass over a table's keys: users, their buckets and their numbers of rows."""
-        parts: list[Array] = [np.zeros((0, 3), np.int64)]
-        for batch in source.batches(["user_id", "user_bucket"]):
-            user, first, count = np.unique(
-                batch.column("user_id").to_numpy(), return_index=True, return_counts=True
-            )
-            bucket = batch.column("user_bucket").to_numpy()[first]
-            parts.append(np.stack([user, bucket, count], axis=1))
-        found = np.concatenate(parts)
-        user_ids, first, of = np.unique(found[:, 0], return_index=True, return_inverse=True)
-        bucket = found[first, 1]
-        if not np.array_equal(bucket[of], found[:, 1]):
+        found, day_counts = np.zeros((3, 0), np.int64), {}
+        runs: list[Array] = []
+        for day in source.days_there:
+            rows = source.rows(["user_id", "user_bucket"], day=day)
+            user, bucket = (np.asarray(rows.column(n)) for n in ("user_id", "user_bucket"))
+            if not len(user):
+                continue
+            day_counts[day] = np.bincount(bucket)
+            first = starts_of_runs(user)
+            runs.append(np.stack([user[first], bucket[first], np.diff(first, append=len(user))]))
+            if sum(run.shape[1] for run in runs) > ROWS_AT_ONCE:
+                found, runs = cls._summed(source.table, found, *runs), []
+        user_ids, bucket, count = cls._summed(source.table, found, *runs)
+        return cls(user_ids, np.concatenate([[0], np.cumsum(count)]), bucket, day_counts)
+
+    @staticmethod
+    def _summed(table: Table, *runs: Array) -> Array:
+        """[3, users] user, bucket, rows of runs [3, n]."""
+        found = np.concatenate(runs, axis=1)
+        found = found[:, np.argsort(found[0])]
+        first = starts_of_runs(found[0])
+        if not len(first):
+            return found
+        bucket = found[1, first]
+        if not np.array_equal(np.repeat(bucket, np.diff(first, append=found.shape[1])), found[1]):
             raise InputError(
-                f"{source.table.name}: a user is in two buckets, so its days were written with "
+                f"{table.name}: a user is in two buckets, so its days were written with "
                 "different numbers of buckets; build the streams of all days again"
             )
-        counts = np.zeros(len(user_ids), np.int64)
-        np.add.at(counts, of, found[:, 2])
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
-        return cls(user_ids, offsets, bucket)
+        return np.stack([found[0, first], bucket, np.add.reduceat(found[2], first)])
 
     def check_buckets(self, other: Users, name: str) -> None:
         """Refuse a table whose users are in other buckets than here: its rows would be missed."""
@@ -121,14 +187,52 @@ class Users:
                 "write it again"
             )
 
-    def groups(self, more: Array | None = None) -> list[Array]:
-        """Buckets, theirs and more, in groups of at most about ROWS_AT_ONCE events."""
+    def groups(self, more: Array | None = None, most: int | None = None) -> list[Array]:
+        """Buckets, theirs and more, in groups of at most about `most` (None: ROWS_AT_ONCE) events.
+        """
         buckets = np.union1d(self.bucket, self.bucket if more is None else more)
         per_bucket = np.bincount(
             np.searchsorted(buckets, self.bucket), np.diff(self.offsets), minlength=len(buckets)
         )
-        group = np.cumsum(per_bucket) // ROWS_AT_ONCE
-        return [buckets[group == g] for g in np.unique(group)]
+        return _groups(buckets, per_bucket, most or ROWS_AT_ONCE)
+
+    def parts(self, buckets: Array) -> Iterator[tuple[date, Array | None]]:
+        """Days, ascending, and buckets of theirs (None: all that there are), in parts of at most
+        about ROWS_AT_ONCE events."""
+        for day, counts in self.day_counts.items():
+            there = np.intersect1d(buckets, np.flatnonzero(counts))
+            if counts[there].sum() == counts.sum() <= ROWS_AT_ONCE:
+                yield day, None
+                continue
+            for group in _groups(there, counts[there], ROWS_AT_ONCE):
+                yield day, group
+
+
+def _groups(buckets: Array, num_rows: Array, most: int) -> list[Array]:
+    """Buckets in groups of at most `most` rows, or of one bucket."""
+    found, total = [0] * min(1, len(buckets)), 0
+    for at, num in enumerate(num_rows):
+        if total and total + num > most:
+            found.append(at)
+            total = 0
+        total += num
+    return np.split(buckets, found[1:]) if found else []
+
+
+def starts_of_runs(sorted_values: Array) -> Array:
+    """Where another value than before begins."""
+    changes = sorted_values[1:] != sorted_values[:-1]
+    return np.flatnonzero(np.concatenate([np.ones(min(1, len(sorted_values)), bool), changes]))
+
+
+def memory_available() -> int:
+    """Bytes that this process may come to use: of the machine, or of its control group."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    for limit, used in CGROUP:
+        if limit.is_file() and (text := limit.read_text().strip()) != "max":
+            found = min(found, int(text) - int(used.read_text()))
+    return found
 
 
 @dataclass
@@ -188,7 +292,14 @@ class Writer:
         )
 
     def put(self, name: str, rows: Array, values: Array | int) -> None:
-        self.arrays[name][rows] = values
+        array = self.arrays[name]
+        if array.ndim == 2 and isinstance(values, np.ndarray) and array.shape[1]:
+            # As one value a row, which is several times faster.
+            values = np.ascontiguousarray(values, array.dtype)
+            array, values = (
+                x.view(f"V{array.dtype.itemsize * array.shape[1]}")[:, 0] for x in (array, values)
+            )
+        array[rows] = values
 
     def copy(self, name: str, rows: Array, to: Array) -> None:
         self.arrays[name][to] = self.arrays[name][rows]

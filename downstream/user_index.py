@@ -34,8 +34,10 @@ from downstream.index_arrays import (
     load_segments,
     user_major_order,
 )
+from downstream import windows
 from downstream.segments import Segments, SegmentTensors
 from downstream.token_store import HistoryRow, ItemRow, ItemTokens, Tokens
+from downstream.windows import Windows
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError
@@ -240,6 +242,7 @@ class IndexStore:
         self.side = [*index.meta.side, *(f"label_{name}" for name in index.meta.labels)]
         self._fields: tuple[Tensor, Tensor] | None = None
         self.kernels = _kernels(self.device, index)
+        self.has_windows = self.device.type == "cpu" and index.num_rows > 0
         held = index.line(line) if line is not None else LineArrays.none(index.num_rows)
         self._bind(held.token, held.available_us, held.items)
 
@@ -276,9 +279,10 @@ class IndexStore:
         return other
 
     def plain(self) -> IndexStore:
-        """The same store without kernels: what theirs must equal bit for bit, and slower."""
+        """The same store without kernels and windows: what theirs must equal bit for bit, and
+        slower."""
         other = copy.copy(self)
-        other.kernels = None
+        other.kernels, other.has_windows = None, False
         return other
 
     def __len__(self) -> int:
@@ -302,14 +306,30 @@ class IndexStore:
             return self.kernels.positions(
                 self.users, times_N, user_ids.contiguous(), as_of_us.contiguous()
             )
+        if self.has_windows:
+            return windows.positions(self.users, times_N, user_ids, as_of_us)
         user_B, is_known_B = self.users.find(user_ids)
         num_B = self.users.count_before(times_N, user_B, as_of_us)
         return torch.where(is_known_B, user_B, -1), torch.where(is_known_B, num_B, 0)
 
-    def fetch(self, user_ids: Tensor, as_of_us: Tensor, length: int) -> Tokens:
-        """See TokenStore.fetch; every tensor is on the store's device."""
+    def fetch(
+        self, user_ids: Tensor, as_of_us: Tensor, length: int, out: Tokens | None = None
+    ) -> Tokens:
+        """See TokenStore.fetch; every tensor is on the store's device.
+
+        `out`: what an earlier fetch of this store gave, which may be written over: on the CPU, new
+        memory costs more time than what comes into it. ValueError where that was another shape.
+        """
         user_B, num_B = self.positions(user_ids, as_of_us)
         as_of_B = as_of_us.to(self.device).contiguous()
+        if out is not None:
+            self._check_out(out, len(user_B), length)
+        if self.has_windows and 0 < length <= self.num_rows:
+            return self._copied(user_B, num_B, as_of_B, length, out)
+        return self._gathered(user_B, num_B, as_of_B, length)
+
+    def _gathered(self, user_B: Tensor, num_B: Tensor, as_of_B: Tensor, length: int) -> Tokens:
+        """Each row by itself."""
         if self.kernels:
             row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL = self.kernels.newest(
                 self.users, self.columns["event_time_us"], user_B, num_B, as_of_B, self.token_ND,
@@ -326,6 +346,61 @@ class IndexStore:
             gap_s_BL=gap_s_BL,
             side={name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in self.side},
             row_BL=row_BL,
+        )
+
+    def _copied(
+        self, user_B: Tensor, num_B: Tensor, as_of_B: Tensor, length: int, out: Tokens | None
+    ) -> Tokens:
+        """The same, each sequence in one piece (`windows`)."""
+        found = out or self._empty(len(user_B), length)
+        columns, user_B = self.columns, user_B.clamp(min=0)
+        for part in windows.parts(len(user_B), length):
+            row_BL, mask_BL, gap_s_BL = found.row_BL[part], found.mask_BL[part], found.gap_s_BL[part]
+            moment_B1 = as_of_B[part, None]
+            window = Windows.of(self.users, user_B[part], num_B[part], length, row_BL)
+            window.mask(mask_BL)
+            us_BL = window.take(columns["event_time_us"], torch.empty_like(row_BL))
+            gap_us_BL = window.cleared(torch.sub(moment_B1, us_BL, out=us_BL))
+            gap_s_BL.copy_(gap_us_BL.double().div_(1e6))
+            us_BL = window.take(self.available_us_N, us_BL)
+            token_mask_BL = torch.lt(us_BL, moment_B1, out=found.token_mask_BL[part])
+            token_mask_BL.logical_and_(mask_BL)
+            token_BLD = window.take(self.token_ND, found.token_BLD[part])
+            windows.clear_rows(token_BLD, token_mask_BL)
+            for name, column_BL in found.side.items():
+                side_BL, column_N = column_BL[part], columns[name]
+                if name.startswith("label_"):
+                    known_N = columns["label_time_us_" + name.removeprefix("label_")]
+                    label_BL = window.take(column_N, column_N.new_empty(row_BL.shape))
+                    is_known_BL = window.take(known_N, us_BL) < moment_B1
+                    # -1, unknown for good, becomes 0.
+                    side_BL.copy_(label_BL.add_(1).mul_(is_known_BL))
+                else:
+                    window.take(column_N, side_BL)
+                window.cleared(side_BL)
+        return found
+
+    def _check_out(self, out: Tokens, num: int, length: int) -> None:
+        shape, names = tuple(out.token_BLD.shape), [*out.side]
+        wanted = (num, length, self.width)
+        if shape != wanted or names != self.side or out.token_BLD.dtype != self.token_ND.dtype:
+            raise ValueError(
+                f"out must be what a fetch of this store gave, tokens {list(wanted)} of "
+                f"{self.token_ND.dtype} and side {self.side}; got {list(shape)} of "
+                f"{out.token_BLD.dtype} and {names}"
+            )
+
+    def _empty(self, num: int, length: int) -> Tokens:
+        def of(dtype: torch.dtype, *more: int) -> Tensor:
+            return windows.empty((num, length, *more), dtype)
+
+        return Tokens(
+            token_BLD=of(self.token_ND.dtype, self.width),
+            mask_BL=of(torch.bool),
+            token_mask_BL=of(torch.bool),
+            gap_s_BL=of(torch.float32),
+            side={name: of(torch.int32) for name in self.side},
+            row_BL=of(torch.int64),
         )
 
     def newest(self, user_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from deltalake import CommitProperties, DeltaTable, Schema, WriterProperties, write_deltalake
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, Schema, WriterProperties, write_deltalake
 from deltalake.exceptions import (
     CommitFailedError,
     DeltaError,
@@ -38,7 +38,6 @@ AskedDays = Days | Collection[date] | None
 MAX_TRIES = 8
 ROW_GROUP = 32_768
 """Rows: cut this small, those of one user are found an order of magnitude faster."""
-WRITER = WriterProperties(max_row_group_size=ROW_GROUP, compression="ZSTD")
 NUM_INDEXED = "delta.dataSkippingNumIndexedCols"
 KEPT_LOG = {"delta.logRetentionDuration": "interval 36500 days"}
 """Commits are what tells right days from stale ones, and manifests pin old versions; by default
@@ -197,6 +196,14 @@ def scan(
 
     InputError where a stored feature means something else than declared.
     """
+    values = projection(opened, table, columns)
+    return dataset(opened, table, days).scanner(columns=values, filter=kept)
+
+
+def projection(
+    opened: DeltaTable, table: Table, columns: Sequence[str]
+) -> dict[str, ds.Expression]:
+    """What `scan` reads of declared columns, and its error."""
     check_meanings(table, stored_meanings(opened))
     values: dict[str, ds.Expression] = {}
     for column in columns:
@@ -204,7 +211,7 @@ def scan(
         if missing is not None:
             value = pc.coalesce(value, pa.scalar(missing, table.schema.field(column).type))
         values[column] = value
-    return dataset(opened, table, days).scanner(columns=values, filter=kept)
+    return values
 
 
 def dataset(opened: DeltaTable, table: Table, days: AskedDays = None) -> ds.FileSystemDataset:
@@ -227,7 +234,8 @@ def files(opened: DeltaTable, days: AskedDays = None) -> ds.FileSystemDataset:
         raise ValueError(f"{opened.table_uri} has no days: it is not partitioned by event_date")
     place, system = urlsplit(opened.table_uri), None
     if place.scheme == "file":
-        system = SubTreeFileSystem(url2pathname(place.path), LocalFileSystem())
+        mapped = LocalFileSystem(use_mmap=True)
+        system = SubTreeFileSystem(url2pathname(place.path), mapped)
     return opened.to_pyarrow_dataset(filesystem=system, file_pruning_predicate=_of(days))
 
 
@@ -309,7 +317,7 @@ def replace(
                 mode="overwrite",
                 predicate=" AND ".join(clauses) or None,
                 commit_properties=properties,
-                writer_properties=WRITER,
+                writer_properties=_writer(table),
             )
         except SchemaMismatchError as error:
             # Perhaps a feature of another domain file, which came since the columns were compared.
@@ -318,6 +326,17 @@ def replace(
         return opened.version()
 
     return _committed(write, f"{table.name} {days}", place)
+
+
+def _writer(table: Table) -> WriterProperties:
+    """How a table's files are written. Vectors hardly get smaller (8% by zstd), and by LZ4 are read
+    three times as fast."""
+    vectors = [f.name for f in table.schema if pa.types.is_binary(f.type)]
+    return WriterProperties(
+        max_row_group_size=ROW_GROUP,
+        compression="LZ4_RAW" if vectors else "ZSTD",
+        column_properties=dict.fromkeys(vectors, ColumnProperties(dictionary_enabled=False)),
+    )
 
 
 def rewrite(
@@ -351,7 +370,7 @@ def rewrite(
                 mode="overwrite",
                 predicate=_of(days),
                 commit_properties=_said(commit),
-                writer_properties=WRITER,
+                writer_properties=_writer(table),
             )
 
     if days:
