@@ -30,16 +30,6 @@ ROWS_AT_ONCE = 262_144
 """Events in memory at a time, of each of two threads."""
 
 
-CGROUP = tuple(
-    (Path("/sys/fs/cgroup", limit), Path("/sys/fs/cgroup", used))
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    )
-)
-"""A control group's limit of memory and what is used of it, as a container sees its own."""
-
-
 class Snapshot:
     """A lake's tables, each at the version given or else that it had when first asked for."""
 
@@ -229,9 +219,16 @@ def memory_available() -> int:
     """Bytes that this process may come to use: of the machine, or of its control group."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    for limit, used in CGROUP:
-        if limit.is_file() and (text := limit.read_text().strip()) != "max":
-            found = min(found, int(text) - int(used.read_text()))
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, group = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        name = "memory.limit_in_bytes" if kinds else "memory.max"
+        root = Path("/sys/fs/cgroup", kinds)
+        # A container sees its own group as the root.
+        for limit in (root / group.lstrip("/") / name, root / name):
+            if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+                found = min(found, int(text))
     return found
 
 
