@@ -59,6 +59,33 @@ class RankerTensors:
     field_numbers_NN: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What samples ask of a store: found once a request, whatever its number of candidates."""
+
+    pieces: Pieces
+    user_G: Tensor
+    as_of_G: Tensor
+    user_place_G: Tensor
+    num_past_G: Tensor
+
+    @classmethod
+    def of(cls, samples: Samples, store: IndexStore) -> Requests:
+        pieces = Pieces.of(samples)
+        first_G = pieces.order[pieces.request_start]
+        user_G = torch.from_numpy(samples.user_id[first_G]).to(store.device)
+        as_of_G = torch.from_numpy(samples.as_of_us[first_G]).to(store.device)
+        return cls(pieces, user_G, as_of_G, *store.positions(user_G, as_of_G))
+
+    def of_samples(self) -> tuple[Tensor, Tensor]:
+        """(user_n, num_n) The positions of each sample's request, samples as they were given."""
+        order, start = self.pieces.order, self.pieces.request_start
+        request = np.empty(len(order), np.int64)
+        request[order] = np.repeat(np.arange(len(start)), np.diff(np.append(start, len(order))))
+        request_n = torch.from_numpy(request).to(self.user_G.device)
+        return self.user_place_G[request_n], self.num_past_G[request_n]
+
+
 @dataclass(frozen=True)
 class RankerData:
     """Samples by request on a device, with the store their histories are fetched from."""
@@ -91,12 +118,19 @@ class RankerData:
 
         `fields`: for the end-to-end arm too; the index must then hold all logged fields.
         """
-        kept = users_kept(rows.column("user_id").to_numpy(), user_share, user_seed)
-        samples = Samples.of(rows.filter(pa.array(kept)), domain)
-        match_nM = match_of(samples, RankerInputs.of(domain, num_match=0), store)
+        if user_share < 1:
+            kept = users_kept(rows.column("user_id").to_numpy(), user_share, user_seed)
+            rows = rows.filter(pa.array(kept))
+        samples = Samples.of(rows, domain)
+        requests = Requests.of(samples, store)
+        match_nM = match_of(
+            samples, RankerInputs.of(domain, num_match=0), store, positions=requests.of_samples()
+        )
         inputs = RankerInputs.of(domain, num_match=match_nM.shape[1], token_width=store.width)
-        delay_us = domain.tokens.delay_us
-        return cls.from_arrays(inputs, samples, store, match_nM, delay_us=delay_us, fields=fields)
+        return cls.from_arrays(
+            inputs, samples, store, match_nM, delay_us=domain.tokens.delay_us, fields=fields,
+            requests=requests,
+        )  # fmt: skip
 
     @classmethod
     def from_arrays(
@@ -109,32 +143,31 @@ class RankerData:
         delay_us: int = 0,
         fields: bool = False,
         vocabulary: Vocabulary | None = None,
+        requests: Requests | None = None,
     ) -> RankerData:
         """On the store's device; the vocabulary (None: of all samples and of the whole index) gives
-        each id its row."""
+        each id its row; `requests`: of these samples and this store, where they are known."""
         index = store.index.arrays
         if fields and "ids" not in index:
             raise InputError("the index holds no logged fields; build it with fields=True")
         side_NF = _side_ids(inputs, store)
         if vocabulary is None:
             vocabulary = vocabulary_of(inputs, samples, store, fields=fields)
-        pieces = Pieces.of(samples)
+        requests = requests or Requests.of(samples, store)
+        pieces = requests.pieces
         order, first_G = pieces.order, pieces.order[pieces.request_start]
 
         def tensor(values: Array) -> Tensor:
             return torch.from_numpy(np.array(values)).to(store.device)
 
-        user_G, as_of_G = tensor(samples.user_id[first_G]), tensor(samples.as_of_us[first_G])
-        user_place_G, num_past_G = store.positions(user_G, as_of_G)
-
         def rows_of(layout: FeatureLayout, ids: Array) -> Tensor:
             return tensor(vocabulary.rows(layout.slot_tables, ids))
 
         tensors = RankerTensors(
-            user_G=user_G,
-            as_of_G=as_of_G,
-            user_place_G=user_place_G,
-            num_past_G=num_past_G,
+            user_G=requests.user_G,
+            as_of_G=requests.as_of_G,
+            user_place_G=requests.user_place_G,
+            num_past_G=requests.num_past_G,
             ids_GS=rows_of(inputs.request, samples.request.ids[first_G]),
             numbers_GN=tensor(samples.request.numbers[first_G]),
             sample_n=tensor(order),
@@ -321,10 +354,14 @@ def _side_ids(inputs: RankerInputs, store: IndexStore) -> Array:
 
 
 def match_of(
-    samples: Samples, inputs: RankerInputs, store: IndexStore, index: MatchIndex | None = None
+    samples: Samples,
+    inputs: RankerInputs,
+    store: IndexStore,
+    index: MatchIndex | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """[n, M] match features of the samples' candidates, on the store's device; `index`: the
-    store's, where it is there already."""
+    store's, and `positions`: the samples' in it, where they are there already."""
     slots = inputs.candidate.slots
     side = {
         f.stream_column: torch.from_numpy(samples.candidate.ids[:, slots[f.name].start])
@@ -332,7 +369,7 @@ def match_of(
     }
     user_id, as_of_us = torch.from_numpy(samples.user_id), torch.from_numpy(samples.as_of_us)
     index = index or MatchIndex.build(store)
-    return index.features(user_id, as_of_us, torch.from_numpy(samples.item_id), side)
+    return index.features(user_id, as_of_us, torch.from_numpy(samples.item_id), side, positions)
 
 
 def with_shuffled_tokens(store: IndexStore, seed: int) -> IndexStore:
