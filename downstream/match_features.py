@@ -75,18 +75,23 @@ class Matches:
         value_place_B, has_value_B = find(self.value_V, value_B)
         pair_B, has_pair_B = find(self.pair_P, user_B * len(self.value_V) + value_place_B)
         is_found_B = has_value_B & has_pair_B & (user_B >= 0)
-        start_B = pair_B * self.stride
-        stop_B = torch.searchsorted(self.at_N, start_B + length_B)
-        firsts = [
-            torch.searchsorted(self.at_N, start_B + (length_B - window).clamp(min=0))
-            for window in windows
-        ]
-        firsts.append(self.first_P[pair_B])
-        counts = [torch.where(is_found_B, stop_B - first_B, 0) for first_B in firsts]
+        start_B, first_B = pair_B * self.stride, self.first_P[pair_B]
         if not len(self.at_N):
-            return counts, torch.full_like(user_B, -1)
-        newest_B = self.at_N[(stop_B - 1).clamp(min=0)] - start_B
-        return counts, torch.where(counts[-1] > 0, newest_B, -1)
+            return [first_B] * (len(windows) + 1), torch.full_like(user_B, -1)
+        stop_B = torch.searchsorted(self.at_N, start_B + length_B)
+        stop_B = torch.where(is_found_B, stop_B, first_B)
+        num_B = stop_B - first_B
+        oldest_B = self.at_N[first_B.clamp(max=len(self.at_N) - 1)]
+        newest_B = self.at_N[(stop_B - 1).clamp(min=0)]
+        counts = []
+        for window in windows:
+            edge_B = start_B + (length_B - window).clamp(min=0)
+            count_B = torch.where(newest_B < edge_B, 0, num_B)
+            # Only where some matches are in the window and some are not, it takes a search.
+            (split,) = ((oldest_B < edge_B) & (count_B > 0)).nonzero(as_tuple=True)
+            count_B[split] = stop_B[split] - torch.searchsorted(self.at_N, edge_B[split])
+            counts.append(count_B)
+        return [*counts, num_B], torch.where(num_B > 0, newest_B - start_B, -1)
 
 
 class MatchIndex:
