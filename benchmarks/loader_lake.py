@@ -37,41 +37,41 @@ class Log:
     """What is drawn of a log: the same for the same sizes and seed."""
 
     domain: Domain
-    user_U: Array
-    item_I: Array
+    user_ids: Array
+    item_ids: Array
     events_a_user: int
     seed: int = 0
 
     @classmethod
     def of(cls, domain: Domain, *, num_users: int, events_a_user: int) -> Log:
         draw = np.random.default_rng(1)
-        user_U = np.sort(draw.choice(2**62, num_users, replace=False))
-        return cls(domain, user_U, draw.choice(2**62, NUM_ITEMS, replace=False), events_a_user)
+        user_ids = np.sort(draw.choice(2**62, num_users, replace=False))
+        return cls(domain, user_ids, draw.choice(2**62, NUM_ITEMS, replace=False), events_a_user)
 
     def buckets(self, feature: Feature) -> Array:
         """[values] The buckets that a feature's values are hashed to."""
         draw = np.random.default_rng([2, *feature.name.encode()])
-        num = {"item": NUM_ITEMS, "user": len(self.user_U)}.get(feature.name, NUM_VALUES)
+        num = {"item": NUM_ITEMS, "user": len(self.user_ids)}.get(feature.name, NUM_VALUES)
         return draw.integers(1, feature.buckets, num).astype(np.int32)
 
     def index(self) -> UserIndex:
         """Histories with a token each, published at the next midnight, and item tokens of a few
         days."""
-        draw, num = np.random.default_rng([3, self.seed]), len(self.user_U) * self.events_a_user
+        draw, num = np.random.default_rng([3, self.seed]), len(self.user_ids) * self.events_a_user
         span_us = (FIRST_DAY * DAY_US, END_DAY * DAY_US)
-        time_us = draw.integers(*span_us, (len(self.user_U), self.events_a_user))
+        time_us = draw.integers(*span_us, (len(self.user_ids), self.events_a_user))
         time_us = np.sort(time_us, axis=1).flatten()
         item = draw.integers(0, NUM_ITEMS, num)
         token = np.empty((num, WIDTH), np.float16)
         for some in np.array_split(np.arange(num), max(1, num // 1_000_000)):
             token[some[0] : some[-1] + 1] = draw.standard_normal((len(some), WIDTH), np.float32)
-        items = np.sort(self.item_I)
+        items = np.sort(self.item_ids)
         item_days = np.arange(FIRST_DAY, END_DAY, 10)
         num_rows = len(items) * len(item_days)
         index = UserIndex.from_arrays(
-            user_id=np.repeat(self.user_U, self.events_a_user),
+            user_id=np.repeat(self.user_ids, self.events_a_user),
             event_time_us=time_us,
-            item_id=self.item_I[item],
+            item_id=self.item_ids[item],
             side={
                 f.stream_column: self.buckets(f)[item % len(self.buckets(f))]
                 for f in self.domain.side_features
@@ -100,13 +100,13 @@ class Log:
         draw = np.random.default_rng([4, self.seed])
         num_requests = -(-num_samples * 2 // 5)
         request = np.repeat(np.arange(num_requests), 2 + np.arange(num_requests) % 2)
-        num, user = len(request), draw.integers(0, len(self.user_U), num_requests)
+        num, user = len(request), draw.integers(0, len(self.user_ids), num_requests)
         as_of_us = draw.integers(SAMPLED_DAY * DAY_US, END_DAY * DAY_US, num_requests)
         item = draw.integers(0, NUM_ITEMS, num)
         columns: dict[str, Any] = {
             "instance_id": draw.permutation(num),
-            "user_id": self.user_U[user][request],
-            "item_id": self.item_I[item],
+            "user_id": self.user_ids[user][request],
+            "item_id": self.item_ids[item],
             "request_id": draw.permutation(num_requests)[request],
             "as_of": as_of_us[request],
             "is_sampled": np.zeros(num, bool),
