@@ -110,9 +110,10 @@ class RankerLoader:
             place_TR = self._places(start, min(start + AT_ONCE, num))
             # Place -1, of nothing, is the last column.
             place_TR = torch.where(place_TR >= 0, order_P[place_TR], -1)
-            for batch, place_R in enumerate(place_TR.unbind(), start=start):
+            piece_3TR = self._piece_3X[:, place_TR]
+            for batch, piece_3R in enumerate(piece_3TR.unbind(1), start=start):
                 self.epoch, self.next_batch = divmod(epoch * num + batch + 1, num)
-                yield self._gather(self._piece_3X[:, place_R])
+                yield self._gather(piece_3R)
 
     def pieces(self, epoch: int, batch: int) -> Array:
         """Which of the data's pieces a batch holds, in order; waits for the device."""
