@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.loader_lake import DAY_US, END_DAY, SAMPLED_DAY, Log
@@ -229,7 +230,7 @@ def kernel_seconds(profiled: profile) -> float:
     ranges = sorted(
         (event.time_range.start, event.time_range.end)
         for event in profiled.events() or []
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == DeviceType.CUDA
     )
     total_us, until = 0.0, 0.0
     for start, end in ranges:
