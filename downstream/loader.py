@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -144,12 +145,8 @@ class RankerLoader:
 
     def _identity(self) -> dict[str, Any]:
         """What the order of batches, and what they hold of the samples, depends on."""
-        digest = hashlib.blake2b(digest_size=16)
-        held = self.data.pieces
-        for array in (self.data.samples.instance_id[held.order], held.start, held.size):
-            digest.update(np.ascontiguousarray(array).data)
         return {
-            "samples": digest.hexdigest(),
+            "samples": self._digest,
             "days": [self.days.start, self.days.stop],
             "pieces_a_batch": self.pieces_a_batch,
             "world_size": self.world_size,
@@ -157,6 +154,14 @@ class RankerLoader:
             "shuffle": self.shuffle,
             "known_before_us": self.known_before_us,
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of the samples, and of how they are cut into pieces."""
+        found, held = hashlib.blake2b(digest_size=16), self.data.pieces
+        for array in (self.data.samples.instance_id[held.order], held.start, held.size):
+            found.update(np.ascontiguousarray(array).data)
+        return found.hexdigest()
 
     def _order(self, epoch: int) -> Tensor:
         """[P] The places of the days' pieces, as the epoch has them."""

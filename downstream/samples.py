@@ -82,7 +82,7 @@ class Pieces:
         """Rows of one user, moment, request id and request-side features are one request."""
         shared = _fingerprint(samples.request)
         keys = (shared, samples.user_id, samples.request_id, samples.as_of_us)
-        order = _order(keys)
+        order = in_order(keys)
         is_first = np.zeros(len(order), bool)
         is_first[:1] = True
         for key in keys:
@@ -108,7 +108,7 @@ def best_piece_size(sizes: Array) -> int:
     return min(PIECE_SIZES, key=cost)
 
 
-def _order(keys: Sequence[Array]) -> Array:
+def in_order(keys: Sequence[Array]) -> Array:
     """np.lexsort, quick where rows are in order already, as `delta.read` gives samples."""
     is_behind = np.zeros(max(0, len(keys[0]) - 1), bool)
     for key in keys:
