@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -59,6 +60,44 @@ class RankerTensors:
     field_numbers_NN: Tensor | None
 
 
+class _Past(NamedTuple):
+    """The newest events before requests; tokens where they are read."""
+
+    row_RL: Tensor
+    """0 at padding."""
+    mask_RL: Tensor
+    gap_s_RL: Tensor
+    token_RLD: Tensor | None = None
+    token_mask_RL: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What samples ask of a store: found once a request, whatever its number of candidates."""
+
+    pieces: Pieces
+    user_G: Tensor
+    as_of_G: Tensor
+    user_place_G: Tensor
+    num_past_G: Tensor
+
+    @classmethod
+    def of(cls, samples: Samples, store: IndexStore) -> Requests:
+        pieces = Pieces.of(samples)
+        first_G = pieces.order[pieces.request_start]
+        user_G = torch.from_numpy(samples.user_id[first_G]).to(store.device)
+        as_of_G = torch.from_numpy(samples.as_of_us[first_G]).to(store.device)
+        return cls(pieces, user_G, as_of_G, *store.positions(user_G, as_of_G))
+
+    def of_samples(self) -> tuple[Tensor, Tensor]:
+        """(user_n, num_n) The positions of each sample's request, samples as they were given."""
+        order, start = self.pieces.order, self.pieces.request_start
+        request = np.empty(len(order), np.int64)
+        request[order] = np.repeat(np.arange(len(start)), np.diff(np.append(start, len(order))))
+        request_n = torch.from_numpy(request).to(self.user_G.device)
+        return self.user_place_G[request_n], self.num_past_G[request_n]
+
+
 @dataclass(frozen=True)
 class RankerData:
     """Samples by request on a device, with the store their histories are fetched from."""
@@ -91,12 +130,19 @@ class RankerData:
 
         `fields`: for the end-to-end arm too; the index must then hold all logged fields.
         """
-        kept = users_kept(rows.column("user_id").to_numpy(), user_share, user_seed)
-        samples = Samples.of(rows.filter(pa.array(kept)), domain)
-        match_nM = match_of(samples, RankerInputs.of(domain, num_match=0), store)
+        if user_share < 1:
+            kept = users_kept(rows.column("user_id").to_numpy(), user_share, user_seed)
+            rows = rows.filter(pa.array(kept))
+        samples = Samples.of(rows, domain)
+        requests = Requests.of(samples, store)
+        match_nM = match_of(
+            samples, RankerInputs.of(domain, num_match=0), store, positions=requests.of_samples()
+        )
         inputs = RankerInputs.of(domain, num_match=match_nM.shape[1], token_width=store.width)
-        delay_us = domain.tokens.delay_us
-        return cls.from_arrays(inputs, samples, store, match_nM, delay_us=delay_us, fields=fields)
+        return cls.from_arrays(
+            inputs, samples, store, match_nM, delay_us=domain.tokens.delay_us, fields=fields,
+            requests=requests,
+        )  # fmt: skip
 
     @classmethod
     def from_arrays(
@@ -109,32 +155,31 @@ class RankerData:
         delay_us: int = 0,
         fields: bool = False,
         vocabulary: Vocabulary | None = None,
+        requests: Requests | None = None,
     ) -> RankerData:
         """On the store's device; the vocabulary (None: of all samples and of the whole index) gives
-        each id its row."""
+        each id its row; `requests`: of these samples and this store, where they are known."""
         index = store.index.arrays
         if fields and "ids" not in index:
             raise InputError("the index holds no logged fields; build it with fields=True")
         side_NF = _side_ids(inputs, store)
         if vocabulary is None:
             vocabulary = vocabulary_of(inputs, samples, store, fields=fields)
-        pieces = Pieces.of(samples)
+        requests = requests or Requests.of(samples, store)
+        pieces = requests.pieces
         order, first_G = pieces.order, pieces.order[pieces.request_start]
 
         def tensor(values: Array) -> Tensor:
             return torch.from_numpy(np.array(values)).to(store.device)
 
-        user_G, as_of_G = tensor(samples.user_id[first_G]), tensor(samples.as_of_us[first_G])
-        user_place_G, num_past_G = store.positions(user_G, as_of_G)
-
         def rows_of(layout: FeatureLayout, ids: Array) -> Tensor:
             return tensor(vocabulary.rows(layout.slot_tables, ids))
 
         tensors = RankerTensors(
-            user_G=user_G,
-            as_of_G=as_of_G,
-            user_place_G=user_place_G,
-            num_past_G=num_past_G,
+            user_G=requests.user_G,
+            as_of_G=requests.as_of_G,
+            user_place_G=requests.user_place_G,
+            num_past_G=requests.num_past_G,
             ids_GS=rows_of(inputs.request, samples.request.ids[first_G]),
             numbers_GN=tensor(samples.request.numbers[first_G]),
             sample_n=tensor(order),
@@ -254,22 +299,19 @@ class RankerData:
     def _history(self, request_R: Tensor, config: RankerConfig) -> HistorySequence:
         t, store = self.tensors, self.store
         as_of_R = t.as_of_G[request_R]
-        place_RL, mask_RL = store.newest(
-            t.user_place_G[request_R], t.num_past_G[request_R], config.history_length
-        )
-        row_RL = place_RL.clamp(min=0)
+        past = self._past(request_R, as_of_R, config)
+        row_RL, mask_RL = past.row_RL, past.mask_RL
         labels = [name for name in store.side if name.startswith("label_")]
         sequence = HistorySequence(
             ids_RLF=t.side_NF[row_RL],
-            gap_s_RL=store.gap_s_at(row_RL, mask_RL, as_of_R),
+            gap_s_RL=past.gap_s_RL,
             label_RLK=torch.stack(
                 [store.side_at(name, row_RL, mask_RL, as_of_R) for name in labels], dim=-1
             ),
             mask_RL=mask_RL,
+            token_RLD=past.token_RLD,
+            token_mask_RL=past.token_mask_RL,
         )
-        if config.branch == "tokens":
-            token_RLD, token_mask_RL = store.tokens_at(row_RL, mask_RL, as_of_R)
-            return sequence._replace(token_RLD=token_RLD.float(), token_mask_RL=token_mask_RL)
         if config.branch == "fields":
             ids_NS, numbers_NN = t.field_ids_NS, t.field_numbers_NN
             if ids_NS is None or numbers_NN is None:
@@ -282,6 +324,26 @@ class RankerData:
                 field_mask_RL=is_there_RL,
             )
         return sequence
+
+    def _past(self, request_R: Tensor, as_of_R: Tensor, config: RankerConfig) -> _Past:
+        t, store, length = self.tensors, self.store, config.history_length
+        user_R, num_R = t.user_place_G[request_R], t.num_past_G[request_R]
+        has_tokens = config.branch == "tokens"
+        if store.device.type == "cuda" and store.kernels:
+            row_RL, mask_RL, gap_s_RL, token_RLD, token_mask_RL = store.kernels.newest(
+                store.users, store.columns["event_time_us"], user_R, num_R, as_of_R,
+                store.token_ND if has_tokens else store.token_ND[:, :0], store.available_us_N,
+                length, torch.float32,
+            )  # fmt: skip
+            tokens = (token_RLD, token_mask_RL) if has_tokens else (None, None)
+            return _Past(row_RL.clamp(min=0), mask_RL, gap_s_RL, *tokens)
+        place_RL, mask_RL = store.newest(user_R, num_R, length)
+        row_RL = place_RL.clamp(min=0)
+        gap_s_RL = store.gap_s_at(row_RL, mask_RL, as_of_R)
+        if not has_tokens:
+            return _Past(row_RL, mask_RL, gap_s_RL)
+        token_RLD, token_mask_RL = store.tokens_at(row_RL, mask_RL, as_of_R)
+        return _Past(row_RL, mask_RL, gap_s_RL, token_RLD.float(), token_mask_RL)
 
     def _published(self, row_RL: Tensor, mask_RL: Tensor, as_of_R: Tensor) -> Tensor:
         """Where an event's token could have been read by then: [R, L]."""
@@ -321,10 +383,14 @@ def _side_ids(inputs: RankerInputs, store: IndexStore) -> Array:
 
 
 def match_of(
-    samples: Samples, inputs: RankerInputs, store: IndexStore, index: MatchIndex | None = None
+    samples: Samples,
+    inputs: RankerInputs,
+    store: IndexStore,
+    index: MatchIndex | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """[n, M] match features of the samples' candidates, on the store's device; `index`: the
-    store's, where it is there already."""
+    store's, and `positions`: the samples' in it, where they are there already."""
     slots = inputs.candidate.slots
     side = {
         f.stream_column: torch.from_numpy(samples.candidate.ids[:, slots[f.name].start])
@@ -332,7 +398,7 @@ def match_of(
     }
     user_id, as_of_us = torch.from_numpy(samples.user_id), torch.from_numpy(samples.as_of_us)
     index = index or MatchIndex.build(store)
-    return index.features(user_id, as_of_us, torch.from_numpy(samples.item_id), side)
+    return index.features(user_id, as_of_us, torch.from_numpy(samples.item_id), side, positions)
 
 
 def with_shuffled_tokens(store: IndexStore, seed: int) -> IndexStore:

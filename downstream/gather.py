@@ -49,16 +49,17 @@ def positions(
 
 def newest(
     held: SegmentTensors, times_N: Tensor, key_B: Tensor, num_B: Tensor, moment_B: Tensor,
-    token_ND: Tensor, available_us_N: Tensor, length: int,
+    token_ND: Tensor, available_us_N: Tensor, length: int, dtype: torch.dtype | None = None,
 ) -> Newest:  # fmt: skip
-    """The last rows of each key's first `num`, left-padded, and their tokens: as
-    `SegmentTensors.newest`, `IndexStore.gap_s_at` and `IndexStore.tokens_at` have it."""
+    """The last rows of each key's first `num`, left-padded, and their tokens (as `dtype`; None: as
+    stored): as `SegmentTensors.newest`, `IndexStore.gap_s_at` and `IndexStore.tokens_at` have it.
+    """
     num, device = len(key_B), key_B.device
     row_BL = torch.empty((num, length), dtype=torch.int64, device=device)
     mask_BL, token_mask_BL = torch.empty((2, num, length), dtype=torch.bool, device=device)
     gap_s_BL = torch.empty((num, length), dtype=torch.float32, device=device)
     width = token_ND.shape[1]
-    token_BLD = token_ND.new_empty(num, length, width)
+    token_BLD = token_ND.new_empty(num, length, width, dtype=dtype)
     if row_BL.numel():
         _newest[(num, triton.cdiv(length, ROWS))](
             held.begin, times_N, key_B, num_B, moment_B, token_ND, available_us_N, row_BL, mask_BL,

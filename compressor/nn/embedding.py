@@ -23,6 +23,10 @@ from pipelines.features import Ints
 
 Int64s = npt.NDArray[np.int64]
 
+DENSE = 16
+"""Ids of fewer buckets than this many times their number are looked up in a table of all buckets,
+which takes no sorting."""
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -39,9 +43,8 @@ class Vocabulary:
         """With rows for every bucket in `ids` [n, S] too."""
         found = dict(self.buckets)
         for slot, table in enumerate(slot_tables):
-            seen = np.unique(ids[:, slot])
             old = found.get(table, np.zeros(0, np.int32))
-            found[table] = np.union1d(old, seen[seen > 0]).astype(np.int32)
+            found[table] = np.union1d(old, _distinct(ids[:, slot])).astype(np.int32)
         return Vocabulary(dict(sorted(found.items())))
 
     def union(self, other: Vocabulary) -> Vocabulary:
@@ -69,8 +72,15 @@ class Vocabulary:
             buckets = self.buckets.get(table)
             if buckets is None or not len(buckets):
                 continue
-            at = np.minimum(np.searchsorted(buckets, ids[:, slot]), len(buckets) - 1)
-            out[:, slot] = np.where(buckets[at] == ids[:, slot], starts[table] + at, 0)
+            held = ids[:, slot]
+            num = 1 + max(int(held.max(initial=0)), int(buckets[-1]))
+            if num <= DENSE * len(held):
+                row_of = np.zeros(num, np.int32)
+                row_of[buckets] = np.arange(starts[table], starts[table] + len(buckets))
+                out[:, slot] = row_of[held]
+                continue
+            at = np.minimum(np.searchsorted(buckets, held), len(buckets) - 1)
+            out[:, slot] = np.where(buckets[at] == held, starts[table] + at, 0)
         return out
 
     def starts(self) -> dict[str, int]:
@@ -96,6 +106,18 @@ class Vocabulary:
             _table_hash(t) * np.int64(1 << 31) + b.astype(np.int64) for t, b in self.buckets.items()
         ]
         return np.concatenate(parts)
+
+
+def _distinct(ids: Ints) -> Ints:
+    """The buckets among `ids`, ascending, without 0."""
+    num = 1 + int(ids.max(initial=0))
+    if num > DENSE * len(ids):
+        seen = np.unique(ids)
+        return seen[seen > 0]
+    is_there = np.zeros(num, bool)
+    is_there[ids] = True
+    is_there[0] = False
+    return np.flatnonzero(is_there).astype(np.int32)
 
 
 def _table_hash(table: str) -> np.int64:

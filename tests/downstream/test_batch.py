@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from downstream.batch import MAIN
 from downstream.configs import RankerConfig, arm
 from downstream.data import RankerData
-from downstream.samples import PIECE_SIZES, Pieces, best_piece_size
+from downstream.samples import PIECE_SIZES, Pieces, best_piece_size, in_order
 
 BASE = RankerConfig(history_length=6)
 
@@ -64,6 +64,18 @@ def test_rows_that_differ_on_the_request_side_are_not_one_request(data: RankerDa
     features = np.concatenate([samples.request.ids, numbers], axis=1)
     found = Pieces.of(same)
     assert len(found.request_start) == len(np.unique(features, axis=0))
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.integers(0, 2)] * 4), max_size=12),
+    is_sorted=st.booleans(),
+)
+def test_rows_in_order_are_ordered_as_any_others(
+    rows: list[tuple[int, ...]], is_sorted: bool
+) -> None:
+    rows = sorted(rows, key=lambda row: row[::-1]) if is_sorted else rows
+    keys = list(np.array(rows, np.int64).reshape(-1, 4).T)
+    np.testing.assert_array_equal(in_order(keys), np.lexsort(keys))
 
 
 @given(sizes=st.lists(st.integers(1, 200), min_size=1, max_size=30))

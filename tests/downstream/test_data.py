@@ -206,6 +206,15 @@ def test_loading_computes_match_features_and_keeps_a_share_of_users(domain: Doma
     assert {len(d) for d in half} == {0, 3}
 
 
+def test_samples_in_any_order_are_loaded_alike(domain: Domain) -> None:
+    rows, store = _rows(domain), _store(domain)
+    expected = RankerData.load(rows, domain, store).tensors
+    for order in ([2, 1, 0], [1, 2, 0]):
+        found = RankerData.load(rows.take(order), domain, store).tensors
+        for name in ("match_nM", "as_of_G", "num_past_G", "user_place_G", "label_time_n"):
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
 def _store(domain: Domain) -> IndexStore:
     """One user who took item 5 of brand 3 on days 0 and 1."""
     index = UserIndex.from_arrays(

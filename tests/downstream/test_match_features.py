@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from downstream import match_features
 from downstream.match_features import MatchIndex
 from downstream.token_store import HistoryRow
 from downstream.user_index import IndexStore
@@ -59,14 +60,17 @@ def scan(rows: list[HistoryRow], asked: Asked, windows: tuple[int, ...]) -> list
     return [*found, math.log1p(len(past))]
 
 
+@pytest.mark.parametrize("most", [match_features.MOST, 0], ids=["one sort", "large"])
 @pytest.mark.parametrize("device", DEVICES)
 @settings(deadline=None, max_examples=100)
 @given(rows=ROWS, asked=st.lists(ASKED, min_size=1, max_size=8))
 def test_features_are_what_scanning_the_past_gives(
-    device: str, rows: list[HistoryRow], asked: list[Asked]
+    most: int, device: str, rows: list[HistoryRow], asked: list[Asked]
 ) -> None:
     rows = numbered(rows)
-    found = features_of(rows, asked, (2, 3), device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(match_features, "MOST", most)
+        found = features_of(rows, asked, (2, 3), device)
     expected = torch.tensor([scan(rows, one, (2, 3)) for one in asked])
     torch.testing.assert_close(found, expected)
 
