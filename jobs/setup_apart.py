@@ -47,7 +47,7 @@ class Environment:
         os.environ.update(uv_settings(config, dict(os.environ)))
         say(f"installing {self.holds} from {self.lock.name} into {self.folder.name}")
         uv: list[str | Path] = [PYTHON, "-m", "uv"]
-        at = ["--allow-existing", "--python", PYTHON, self.folder]
+        at: list[str | Path] = ["--allow-existing", "--python", PYTHON, self.folder]
         run([*uv, "venv", "--quiet", *at], f"the folder {self.folder.name}")
         quietly: list[str | Path] = ["--quiet", "--no-config", "--python", self.python]
         exactly: list[str | Path] = ["--require-hashes", self.lock]
