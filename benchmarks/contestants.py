@@ -225,7 +225,7 @@ def measured(command: Sequence[str], folder: Path, limit: Limit) -> Phase:
                 anonymous = max(anonymous, sum(of[0] for of in held))
                 resident = max(resident, sum(of[1] for of in held))
                 if time.monotonic() - started > limit.seconds:
-                    failure = f"not in {limit.seconds:.0f} s"
+                    failure = f"not in {limit.seconds:g} s"
                 elif anonymous > limit.memory:
                     failure = f"not in {limit.memory / 1e9:.1f} GB"
                 with suppress(subprocess.TimeoutExpired):

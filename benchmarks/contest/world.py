@@ -86,7 +86,9 @@ class World:
     def asked(self) -> tuple[Array, Array]:
         """(user_id, as_of_us) of each sample, in order of sample_id."""
         rows = pq.read_table(self.samples)
-        return rows["user_id"].to_numpy(), rows["as_of"].cast("int64").to_numpy()
+        # Copies: torch warns of tensors over read-only memory.
+        as_of_us = rows["as_of"].cast("int64")
+        return rows["user_id"].to_numpy().copy(), as_of_us.to_numpy().copy()
 
 
 @dataclass(frozen=True)
