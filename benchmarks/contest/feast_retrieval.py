@@ -4,8 +4,9 @@ Its rule is "at or before", so each sample asks a microsecond, which is the tabl
 before its as_of. A feature view holds one moment a row, and gives what was the newest then:
 whether that event's token and label were known is seen from their own times, afterwards. It drops
 samples of the same user and moment, so it is asked for each pair once, and of events of the same
-instant it takes any (its sort by time is not stable), so it is given the last of each.
-Its store joins each sample with its user's whole past before it looks at any time.
+instant it takes any, so it is given the last of each.
+The store is the one that DuckDB runs: the default one, which Dask runs, is slower. Either
+joins each sample with its user's whole past, and keeps the newest row.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def ready(world: World, length: int) -> Callable[[Path], None]:
     store = FeatureStore(
         config=RepoConfig(
             project="contest", provider="local", registry=str(folder / "registry.db"),
-            online_store=None, offline_store={"type": "dask"}, entity_key_serialization_version=3,
+            online_store=None, offline_store={"type": "duckdb"}, entity_key_serialization_version=3,
         )
     )  # fmt: skip
     user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
