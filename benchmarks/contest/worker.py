@@ -1,8 +1,8 @@
 """One phase of one contestant, in the process that runs this: says on its last line what it took.
 
-`python -m benchmarks.contest.worker CONTESTANT prepare|answer|check FOLDER LENGTH OUT`. Seconds are
-of the work alone: a session that starts, a connection or an index that is opened are not in them.
-An answer that is quick is given again, up to three times: its seconds are the median.
+`python -m benchmarks.contest.worker CONTESTANT prepare|answer|check FOLDER LENGTH OUT TIMES`.
+Seconds are of the work alone: a session that starts, a connection or an index that is opened are
+not in them. An answer that is quick is given again, up to TIMES: its seconds are the median.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import pyarrow.parquet as pq
 
 from benchmarks.contest.world import World, rows_of
 
-QUICK_S, TIMES = 6.0, 3
+QUICK_S = 6.0
 
 
-def main(contestant: str, phase: str, folder: str, length: str, out: str) -> None:
+def main(contestant: str, phase: str, folder: str, length: str, out: str, times: str) -> None:
     module = importlib.import_module(f"benchmarks.contest.{contestant}")
     world, place = World(Path(folder)), Path(out)
     if phase == "check":
@@ -35,7 +35,7 @@ def main(contestant: str, phase: str, folder: str, length: str, out: str) -> Non
     else:
         answer = module.ready(world, int(length))
         took = [timed(lambda: answer(place))]
-        while sum(took) < QUICK_S and len(took) < TIMES:
+        while sum(took) < QUICK_S and len(took) < int(times):
             shutil.rmtree(place) if place.is_dir() else place.unlink(missing_ok=True)
             took.append(timed(lambda: answer(place)))
     sys.stdout.write(f"{statistics.median(took):.6f}\n")

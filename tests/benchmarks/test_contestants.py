@@ -121,7 +121,7 @@ def test_who_takes_too_much_is_ended_with_all_it_started(
 
 def test_figures_of_who_answers_otherwise_do_not_count(made: World) -> None:
     held = Contest(made, Limit(60, 1e12))
-    rival = contestants.CONTESTANTS[1]
+    rival = contestants.CONTESTANTS[2]
     mine = Result(NUM_SAMPLES, Phase(2), Phase(1, anonymous=10), 5)
     slow = Result(NUM_SAMPLES, Phase(), Phase(2, anonymous=40), 50)
     wrong = Result(NUM_SAMPLES, Phase(), Phase(2), 50, "another answer: f_a of 1 of 2 samples")
@@ -136,4 +136,4 @@ def test_figures_of_who_answers_otherwise_do_not_count(made: World) -> None:
     assert len(list(contestants.lost(rows))) == 2
     rows = contestants.rows_of([(held, 1, OURS, mine), (held, 1, rival, wrong)])
     assert {row["ratio"] for row in rows} == {None}
-    assert rows[0]["against"] == "ours, written: another answer: f_a of 1 of 2 samples"
+    assert rows[0]["against"] == "padded copy: another answer: f_a of 1 of 2 samples"
