@@ -321,6 +321,8 @@ def run(
             for contestant in (OURS, *left):
                 result = held.result(contestant, length)
                 sys.stderr.write(f"{time.strftime('%H:%M:%S')} {length} {contestant.label}\n")
+                if contestant is OURS and result.failure:
+                    raise SystemExit(f"ours, {held.described(length)}: {result.failure}")
                 yield held, length, contestant, result
                 if result.failure.startswith("not in"):
                     late.append(contestant)

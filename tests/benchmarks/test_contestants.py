@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +22,7 @@ from benchmarks.contest import (
     spark_asof,
     spark_rows,
     spark_window,
+    worker,
     world,
 )
 from benchmarks.contest.world import Answer, Array, World
@@ -137,3 +139,32 @@ def test_figures_of_who_answers_otherwise_do_not_count(made: World) -> None:
     rows = contestants.rows_of([(held, 1, OURS, mine), (held, 1, rival, wrong)])
     assert {row["ratio"] for row in rows} == {None}
     assert rows[0]["against"] == "padded copy: another answer: f_a of 1 of 2 samples"
+
+
+def test_who_is_late_goes_on_in_a_smaller_world_beside_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(command: Sequence[str], folder: Path, limit: Limit) -> Phase:
+        """In this process; DuckDB is late in the whole world."""
+        contestant, phase = command[3:5]
+        if (contestant, phase, folder.name) == ("duckdb_sql", "answer", "1"):
+            return Phase(failure="not in 1 s")
+        worker.main(*command[3:])
+        return Phase(2.0, 10, 20)
+
+    monkeypatch.setattr(contestants, "measured", measured)
+    names, limit = ["duckdb_sql", "ours_written"], Limit(1, 1e12)
+    found = list(contestants.run(tmp_path, 3000, 300, 1.0, limit, names, [1]))
+    assert [(held.num_samples, c.module, r.failure) for held, _, c, r in found] == [
+        (300, "ours", ""),
+        (300, "ours_written", ""),
+        (300, "duckdb_sql", "not in 1 s"),
+        (30, "ours", ""),
+        (30, "duckdb_sql", ""),
+    ]
+    assert [r.speed for *_, r in found if not r.failure] == [150, 150, 15, 15]
+    headings = [x.split("  ")[0] for x in contestants.table(found) if x.startswith("newest")]
+    assert headings == [
+        "newest 1 of 300 samples, 0.003 M events",
+        "newest 1 of 30 samples, 0.0003 M events",
+    ]
