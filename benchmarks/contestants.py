@@ -245,10 +245,12 @@ def measured(command: Sequence[str], folder: Path, limit: Limit) -> Phase:
                 with suppress(subprocess.TimeoutExpired):
                     worker.wait(0.05)
         finally:
-            for pid in tree_of(worker.pid) if worker.poll() is None else ():
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            worker.wait()
+            # Again, for what was being started while the others were ended.
+            while left := tree_of(worker.pid)[0 if worker.poll() is None else 1 :]:
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                time.sleep(0.05)
             remove(scratch)
     if failure:
         return Phase(0, anonymous, resident, failure)
@@ -260,15 +262,21 @@ def measured(command: Sequence[str], folder: Path, limit: Limit) -> Phase:
 
 
 def tree_of(pid: int) -> list[int]:
-    """A process and all that it has started, whoever their parent is by session."""
-    children: dict[int, list[int]] = {}
+    """The first process of a session, then all that live in it or have been started from it."""
+    started_by: dict[int, list[int]] = {}
+    found = [pid]
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
-            child, parent = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()[1]
-            children.setdefault(int(parent), []).append(child)
-    found = [pid]
+            child, words = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
+            state, parent, session = words[0], int(words[1]), int(words[3])
+            if state == "Z" or child == pid:
+                continue
+            if session == pid:
+                found.append(child)
+            else:
+                started_by.setdefault(parent, []).append(child)
     for one in found:
-        found += children.get(one, [])
+        found += started_by.get(one, [])
     return found
 
 
