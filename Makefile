@@ -54,3 +54,4 @@ LOCK = .venv/bin/uv pip compile --quiet --universal --python-version 3.11 --gene
 lock: setup ## resolve requirements.lock again, within pyproject.toml's ranges
 	@$(LOCK) --upgrade --extra spark --extra torch --extra data --extra lineage --extra dev pyproject.toml --output-file requirements.lock
 	@$(LOCK) --upgrade --group airflow pyproject.toml --output-file requirements-airflow.lock
+	@$(LOCK) --upgrade --group bench pyproject.toml --output-file requirements-bench.lock

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pyspark.sql import SparkSession
 
+from benchmarks.contestants import BENCH
 from jobs.jars import _trust_system_certificates, find_jars, jar_paths, locked_jars, resolve
 from jobs.java import ARCHIVE, Java, find_java
 from jobs.setup import (
@@ -26,6 +27,7 @@ from jobs.setup import (
     stamp_of,
     uv_settings,
 )
+from jobs.setup_airflow import AIRFLOW
 from pipelines.errors import InputError
 
 ENOUGH = NEEDED_GB * 2**30
@@ -64,7 +66,11 @@ def run_python(
     )
 
 
-@pytest.mark.parametrize("lock", [LOCK, BOOTSTRAP_LOCK], ids=lambda lock: lock.name)
+@pytest.mark.parametrize(
+    "lock",
+    [LOCK, BOOTSTRAP_LOCK, AIRFLOW.lock, BENCH.lock],
+    ids=lambda lock: lock.name,
+)
 def test_a_lock_names_no_host_and_every_package_has_a_hash(lock: Path) -> None:
     text = lock.read_text()
     assert not re.search(r"://|index-url|find-links|trusted-host", text)
