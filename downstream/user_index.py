@@ -354,7 +354,8 @@ class IndexStore:
         """The same, each sequence in one piece (`windows`)."""
         found = out or self._empty(len(user_B), length)
         columns, user_B = self.columns, user_B.clamp(min=0)
-        for part in windows.parts(len(user_B), length):
+
+        def copy_part(part: slice) -> None:
             row_BL, mask_BL, gap_s_BL = found.row_BL[part], found.mask_BL[part], found.gap_s_BL[part]
             moment_B1 = as_of_B[part, None]
             window = Windows.of(self.users, user_B[part], num_B[part], length, row_BL)
@@ -378,6 +379,8 @@ class IndexStore:
                 else:
                     window.take(column_N, side_BL)
                 window.cleared(side_BL)
+
+        windows.each_part(copy_part, windows.parts(len(user_B), length))
         return found
 
     def _check_out(self, out: Tokens, num: int, length: int) -> None:

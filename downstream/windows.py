@@ -4,8 +4,7 @@ Rows of a user lie together, so that the L rows before a moment are a window of 
 view in which row i is the L rows from i on has all windows of a batch as its rows: one
 `index_select` copies them, each as one piece, on all threads. (Rows that came after the index was
 built lie in pages of PAGE: those are copied first, then cut.) What a window holds before the user's
-first row is another user's, and is overwritten. A batch is done in parts whose intermediate values
-stay in the cache.
+first row is another user's, and is overwritten.
 
 The plain path, in `user_index.py` and `segments.py`, says what this must give bit for bit.
 
@@ -16,8 +15,12 @@ P pages that a window is cut from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
+from threading import Barrier
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from torch import Tensor
 from downstream.segments import PAGE, SegmentTensors
 
 CACHED = 65_536
-"""Values of a column that a thread handles at a time."""
+"""Values of a column that a thread handles at a time: they stay in its core's cache."""
 SEARCHED = 16_384
 """Queries that a thread searches at a time."""
 
@@ -42,12 +45,13 @@ def positions(
     """(key_B, num_B): each query's place among the keys (-1: not there), and how many of its rows
     are before the moment. Fastest where queries come in order of (key, moment)."""
     key_B, num_B = torch.empty_like(query_B), torch.empty_like(query_B)
-    size = SEARCHED * torch.get_num_threads()
-    parts = (x.split(size) for x in (query_B, moment_B, key_B, num_B))
-    for query, moment, key, num in zip(*parts, strict=True):
-        place, is_known = held.find(query)
-        key.copy_(torch.where(is_known, place, -1))
-        torch.mul(_count_before(held, times_N, place, moment), is_known, out=num)
+
+    def search(part: slice) -> None:
+        place, is_known = held.find(query_B[part])
+        key_B[part] = torch.where(is_known, place, -1)
+        num_B[part] = _count_before(held, times_N, place, moment_B[part]).mul_(is_known)
+
+    each_part(search, [slice(at, at + SEARCHED) for at in range(0, len(query_B), SEARCHED)])
     return key_B, num_B
 
 
@@ -193,10 +197,49 @@ def _cut(column_N: Tensor, start_B: Tensor, found_BL: Tensor) -> None:
     torch.index_select(view_SX, 0, start_B, out=found_BL.view(len(start_B), length * inner))
 
 
-def parts(num_requests: int, length: int) -> Iterator[slice]:
+def parts(num_requests: int, length: int) -> list[slice]:
     """A batch in parts."""
-    size = max(1, CACHED * torch.get_num_threads() // max(length, 1))
-    return (slice(at, at + size) for at in range(0, num_requests, size))
+    size = max(1, CACHED // max(length, 1))
+    return [slice(at, at + size) for at in range(0, num_requests, size)]
+
+
+def each_part(do: Callable[[slice], None], of: Sequence[slice]) -> None:
+    """`do` each part, on as many threads as PyTorch has; the first error is raised.
+
+    PyTorch's own threads meet after every operation, and a core that another process needs for a
+    moment makes all wait: here a thread does all of a part, and they meet once.
+    """
+    num, todo = min(torch.get_num_threads(), len(of)), iter(of)
+
+    def work() -> None:
+        for part in todo:
+            do(part)
+
+    if num <= 1:
+        work()
+        return
+    for done in [_pool(torch.get_num_threads()).submit(work) for _ in range(num)]:
+        done.result()
+
+
+@cache
+def _pool(num: int) -> ThreadPoolExecutor:
+    """Threads in which an operation of PyTorch takes one thread, and no others."""
+    pool, started = ThreadPoolExecutor(num, "fetch"), Barrier(num + 1)
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    for _ in range(num):
+        pool.submit(start)
+    started.wait()
+    # It is a thread's own number, but threads that begin later take the last one that was set.
+    torch.set_num_threads(num)
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of these threads
 
 
 def clear_rows(found_BLD: Tensor, is_kept_BL: Tensor) -> None:
