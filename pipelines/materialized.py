@@ -1,0 +1,256 @@
+"""Ranker samples, histories, tokens of one line -> each sample with its user's past written out.
+
+The same rows as `TokenStore.fetch` gives, bit for bit, in two steps: what few rows say (`gathered`,
+a row for each block of a user's events that a day's samples look back to) and what each sample then
+reads of them (`unfolded`), so that the copies of a past are made last and never shuffled. No window
+holds more than numbers, and no list more than 2 L events, however many a user has.
+
+Rules of time, DESIGN.md section 5: an event, a publication or a label of the same microsecond as
+as_of is the future; events of one instant are in order of instance_id.
+
+Letters: L sequence length, n a sample's number of events before it, r an event's number (its
+user's first is 0). Block b holds the events of L b - L <= r < L b + L, so that the newest L before
+any n are within block (n - 1) div L.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from pipelines import tables
+from pipelines.domain import Domain
+from pipelines.features import NEVER_US
+from pipelines.token_format import TokenFormat
+
+SAMPLE = ("instance_id", "item_id", "request_id", "as_of", "is_sampled", "event_date")
+"""What is carried of a sample beside its user."""
+TWICE = "an instance is in the histories twice, or has two tokens of this line"
+"""Part of the error with which Spark ends on such rows."""
+OTHER_FORMAT = "tokens are not of the declared format"
+
+
+def materialized(
+    samples: DataFrame,
+    histories: DataFrame,
+    tokens: DataFrame,
+    domain: Domain,
+    *,
+    length: int,
+    form: TokenFormat,
+) -> DataFrame:
+    """A row of the table `materialized` for each sample, but for compressor_line.
+
+    Args:
+        samples, histories: rows of those tables; histories of all days up to the samples' last.
+        tokens: instance tokens of one line, of the same days as the histories.
+        length: L, at least 1.
+
+    Errors, when the result is computed: TWICE, OTHER_FORMAT.
+    """
+    rows = gathered(samples, histories, tokens, domain, length=length, form=form)
+    return unfolded(rows, domain, length=length, form=form)
+
+
+def gathered(
+    samples: DataFrame,
+    histories: DataFrame,
+    tokens: DataFrame,
+    domain: Domain,
+    *,
+    length: int,
+    form: TokenFormat,
+) -> DataFrame:
+    """A row for each (user_id, event_date, block): `asked`, its samples, and `past`, a struct of
+    lists of at most 2 L entries that holds the events that those read, in order; `first` is the
+    number of the first."""
+    events = _events(samples, histories, tokens, domain, form)
+    numbered = _numbered(samples, events)
+    # Who asks for n events reads those from n - L on: only these go on, to the blocks they are in.
+    has_asked = F.col("asked").isNotNull()
+    reach = [
+        each(F.when(has_asked, F.col("number"))).over(Window.partitionBy("user_id")).alias(name)
+        for name, each in (("least", F.min), ("most", F.max))
+    ]
+    is_read = (F.col("number") >= F.col("least") - length) & (F.col("number") < F.col("most"))
+    block = F.floor(F.col("number") / length)
+    blocks = F.when(
+        has_asked, F.array(F.floor(F.greatest(F.col("number") - 1, F.lit(0)) / length))
+    ).otherwise(F.array(block, block + 1))
+    by_block = (
+        numbered.select("*", *reach)
+        .where(has_asked | is_read)
+        .select("user_id", "number", "asked", "event", F.explode(blocks).alias("block"))
+        .groupBy("user_id", "block")
+        .agg(
+            F.array_sort(F.collect_list(_beside_number("asked"))).alias("asked"),
+            F.array_sort(F.collect_list(_beside_number("event"))).alias("past"),
+        )
+    )
+    return _by_day(by_block, domain, length)
+
+
+def unfolded(gathered: DataFrame, domain: Domain, *, length: int, form: TokenFormat) -> DataFrame:
+    """A row for each sample of `gathered` rows, with the columns of the table `materialized` but
+    compressor_line."""
+    rows = gathered.select("user_id", "event_date", "first", "past", F.inline("asked"))
+    before = F.least(F.col("number"), F.lit(length)).cast("int")
+    start = (F.col("number") - before - F.col("first") + 1).cast("int")
+    read = F.struct(
+        *(F.slice(f"past.{name}", start, before).alias(name) for name in _facts(domain))
+    )
+    cut = rows.select(
+        "user_id", *SAMPLE, F.unix_micros("as_of").alias("as_of_us"),
+        (length - before).alias("empty"), before.alias("before"), read.alias("past"),
+    )  # fmt: skip
+    return cut.select("user_id", *SAMPLE, *(each.alias(name) for name, each in _wide(domain, form)))
+
+
+def _wide(domain: Domain, form: TokenFormat) -> Iterator[tuple[str, Column]]:
+    """What a sample reads of its cut past, by column, padded in front."""
+    as_of_us = F.col("as_of_us")
+    nothing = F.lit(b"\0" * form.num_bytes)
+
+    def padded(value: Column, of: Column) -> Column:
+        return F.concat(F.array_repeat(value, F.col("empty")), of)
+
+    is_published = F.transform("past.available_us", lambda at: at < as_of_us)
+    yield (
+        "token",
+        padded(
+            nothing,
+            F.zip_with(
+                "past.token",
+                "past.available_us",
+                lambda token, at: F.when(at < as_of_us, token).otherwise(nothing),
+            ),
+        ),
+    )
+    yield "mask", padded(F.lit(False), F.array_repeat(F.lit(True), F.col("before")))
+    yield "token_mask", padded(F.lit(False), is_published)
+    gaps = F.transform("past.time_us", lambda at: ((as_of_us - at) / F.lit(1e6)).cast("float"))
+    yield "gap_s", padded(F.lit(0.0).cast("float"), gaps)
+    for feature in domain.side_features:
+        name = feature.stream_column
+        yield name, padded(F.lit(0), F.col(f"past.{name}"))
+    for label in domain.labels:
+        known = F.zip_with(
+            f"past.label_{label.name}",
+            f"past.known_us_{label.name}",
+            lambda value, at: F.when(at < as_of_us, value).otherwise(F.lit(0)),
+        )
+        yield f"label_{label.name}", padded(F.lit(0), known)
+
+
+def _events(
+    samples: DataFrame,
+    histories: DataFrame,
+    tokens: DataFrame,
+    domain: Domain,
+    form: TokenFormat,
+) -> DataFrame:
+    """The events of users who ask, with all that a fetch may show of each in the struct `event`."""
+    users = samples.select("user_id").distinct()
+    is_whole = F.octet_length("token") == form.num_bytes
+    theirs = tokens.join(users, "user_id", "left_semi").select(
+        "instance_id",
+        F.when(F.coalesce(is_whole, F.lit(False)), F.col("token"))
+        .otherwise(F.raise_error(F.lit(OTHER_FORMAT)))
+        .alias("token"),
+        _micros("available_time").alias("available_us"),
+    )
+    rows = histories.join(users, "user_id", "left_semi").join(theirs, "instance_id", "left")
+    facts = [
+        F.unix_micros("event_time").alias("time_us"),
+        F.coalesce("token", F.lit(b"\0" * form.num_bytes)).alias("token"),
+        F.coalesce("available_us", F.lit(NEVER_US)).alias("available_us"),
+        *(F.col(f.stream_column) for f in domain.side_features),
+    ]
+    for label in domain.labels:
+        value = F.coalesce(F.col(f"label_{label.name}") + 1, F.lit(0)).cast("int")
+        facts += [
+            value.alias(f"label_{label.name}"),
+            _micros(f"label_time_{label.name}").alias(f"known_us_{label.name}"),
+        ]
+    event = F.struct(*facts)
+    return rows.select("user_id", "event_time", "instance_id", event.alias("event"))
+
+
+def _numbered(samples: DataFrame, events: DataFrame) -> DataFrame:
+    """Events and samples (`event` or `asked` is not null), each with the number of its user's
+    events before it: for a sample, of those strictly before as_of."""
+    asked = samples.select(
+        "user_id",
+        F.col("as_of").alias("at"),
+        F.lit(False).alias("is_event"),
+        "instance_id",
+        F.struct(*SAMPLE).alias("asked"),
+    )
+    happened = events.select(
+        "user_id", F.col("event_time").alias("at"), F.lit(True).alias("is_event"), "instance_id",
+        "event",
+    )  # fmt: skip
+    # At one instant samples come first, and so before every event of it.
+    in_order = Window.partitionBy("user_id").orderBy("at", "is_event", "instance_id")
+    before = in_order.rowsBetween(Window.unboundedPreceding, -1)
+    is_again = (
+        F.col("is_event")
+        & F.lag("is_event").over(in_order)
+        & (F.lag("instance_id").over(in_order) == F.col("instance_id"))
+    )
+    number = F.when(is_again, F.raise_error(F.lit(TWICE)).cast("long")).otherwise(
+        F.count(F.when(F.col("is_event"), 1)).over(before)
+    )
+    both = asked.unionByName(happened, allowMissingColumns=True)
+    return both.select("user_id", number.alias("number"), "asked", "event")
+
+
+def _by_day(by_block: DataFrame, domain: Domain, length: int) -> DataFrame:
+    """Blocks that are asked of, a row for each day of their samples, with what those read."""
+    days = F.array_distinct(F.col("asked.of.event_date"))
+    by_day = by_block.select(
+        "user_id", "block", "asked", "past", F.explode(days).alias("event_date")
+    ).withColumn(
+        "asked",
+        F.filter("asked", lambda each: each["of"]["event_date"] == F.col("event_date")),
+    )
+    # Sorted by number: the first sample reads from where the day does, the last to its end.
+    start = F.greatest(F.element_at("asked.number", 1) - length, F.lit(0))
+    read = F.filter(
+        "past",
+        lambda each: (
+            (each["number"] >= start) & (each["number"] < F.element_at(F.col("asked.number"), -1))
+        ),
+    )
+    return by_day.withColumn("past", read).select(
+        "user_id",
+        "event_date",
+        start.alias("first"),
+        F.struct(*(F.col(f"past.of.{name}").alias(name) for name in _facts(domain))).alias("past"),
+        F.transform(
+            "asked",
+            lambda each: F.struct(
+                each["number"].alias("number"),
+                *(each["of"][name].alias(name) for name in SAMPLE if name != "event_date"),
+            ),
+        ).alias("asked"),
+    )
+
+
+def _facts(domain: Domain) -> list[str]:
+    """What is gathered of each event."""
+    labels = [f"{kind}_{label.name}" for label in domain.labels for kind in ("label", "known_us")]
+    side = [feature.stream_column for feature in domain.side_features]
+    return ["time_us", "token", "available_us", *side, *labels]
+
+
+def _beside_number(name: str) -> Column:
+    """A struct by which a list is sorted; null, which lists leave out, where there is none."""
+    return F.when(F.col(name).isNotNull(), F.struct("number", F.col(name).alias("of")))
+
+
+def _micros(column: str) -> Column:
+    """Microseconds since 1970; never, where it is null."""
+    return F.coalesce(F.unix_micros(column), F.lit(NEVER_US))
