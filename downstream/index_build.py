@@ -99,8 +99,8 @@ def _write(
     for line in lines:
         kept = asked & (ds.field("compressor_line") == line)
         tokens[line] = snapshot.source(tables.instance_tokens(domain.name), days, kept)
-        source = tokens[line]
-        formats[line] = of_line(source.opened, source.table.name, line, source.batches(["token"]))
+        found = tokens[line]
+        formats[line] = of_line(found.opened, found.table.name, line, found.batches(["token"]))
     real = asked & ~ds.field("is_sampled")
     logged = snapshot.source(tables.user_order(domain), days, real) if fields else None
     users = Users.read(histories)
@@ -128,8 +128,8 @@ def _write(
         if only_users is None:
             # They are cumulative: those from before the first day stay readable.
             until = Days(date.min, days.end) if days is not None else None
-            of_line = ds.field("compressor_line") == line
-            items = snapshot.source(tables.item_tokens(domain.name), until, of_line)
+            is_its = ds.field("compressor_line") == line
+            items = snapshot.source(tables.item_tokens(domain.name), until, is_its)
         segments = _put_items(writer, items, name, width)
         save_segments(folder / name, ITEMS, 0, segments)
         line_metas[line] = LineMeta(

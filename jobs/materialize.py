@@ -1,4 +1,4 @@
-"""Ranker samples with their users' pasts written out: wide Parquet, for readers without an index."""
+"""Ranker samples with their users' pasts written out: wide Parquet, for who has no index."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
+from pyspark.sql.functions import lit
 
 from jobs import ledger
 from jobs.spark import SparkTables, session
@@ -163,7 +163,7 @@ def _gathered(lake: SparkTables, source: Source, args: Args, kept: str) -> DataF
 
 def _unfolded(rows: DataFrame, *, source: Source, args: Args) -> DataFrame:
     found = pasts.unfolded(rows, source.domain, length=args.length, form=source.form)
-    return found.withColumn("compressor_line", F.lit(args.line))
+    return found.withColumn("compressor_line", lit(args.line))
 
 
 def _num_rows(lake: str, table: tables.Table, days: Days, line: str, version: int) -> int:

@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
-from pipelines import tables
 from pipelines.domain import Domain
 from pipelines.features import NEVER_US
 from pipelines.token_format import TokenFormat
@@ -98,14 +97,15 @@ def unfolded(gathered: DataFrame, domain: Domain, *, length: int, form: TokenFor
     rows = gathered.select("user_id", "event_date", "first", "past", F.inline("asked"))
     before = F.least(F.col("number"), F.lit(length)).cast("int")
     start = (F.col("number") - before - F.col("first") + 1).cast("int")
-    read = F.struct(
+    past = F.struct(
         *(F.slice(f"past.{name}", start, before).alias(name) for name in _facts(domain))
     )
-    cut = rows.select(
+    read = rows.select(
         "user_id", *SAMPLE, F.unix_micros("as_of").alias("as_of_us"),
-        (length - before).alias("empty"), before.alias("before"), read.alias("past"),
+        (length - before).alias("empty"), before.alias("before"), past.alias("past"),
     )  # fmt: skip
-    return cut.select("user_id", *SAMPLE, *(each.alias(name) for name, each in _wide(domain, form)))
+    wide = (each.alias(name) for name, each in _wide(domain, form))
+    return read.select("user_id", *SAMPLE, *wide)
 
 
 def _wide(domain: Domain, form: TokenFormat) -> Iterator[tuple[str, Column]]:
