@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 Change = Callable[[pa.Table], pa.Table]
 
 BY_USER: Sequence[Callable[[Domain], Table]] = (
+    tables.materialized,
     lambda domain: tables.instance_tokens(domain.name),
     tables.ranker_samples,
     tables.histories,
@@ -194,9 +195,11 @@ def erase(
     steps = [(tables.quarantine(domain), of_others)]
     steps += [(make(domain), others) for make in BY_USER]
     for table, change in tqdm(steps, desc=f"forgetting in {domain.name}", unit="table"):
-        delta.rewrite(
-            lake, table, traces.days.get(table.name, []), partial(_same, change), commit=commit
-        )
+        days = traces.days.get(table.name, [])
+        if table.name == tables.materialized(domain).name:  # its days need not fit into memory
+            delta.delete_users(lake, table, days, users, commit=commit)
+        else:
+            delta.rewrite(lake, table, days, partial(_same, change), commit=commit)
     if "://" not in lake:  # weights, and what they predicted, are in local lakes alone
         for row in compressor_lines.newest(lake, domain.name):
             predictions.forget(lake, row["compressor_line"], users)

@@ -358,6 +358,32 @@ def rewrite(
         _committed(write, f"{len(days)} days of {table.name}", uri(lake, table))
 
 
+def delete_users(
+    lake: str,
+    table: Table,
+    days: Sequence[date],
+    users: Collection[int],
+    *,
+    commit: Mapping[str, str],
+) -> None:
+    """Some users' rows leave `days`, in one commit that names none, as `rewrite`'s.
+
+    Only their files are written again, and never held whole: for tables whose days need not fit
+    into memory.
+    """
+    listed = ", ".join(str(int(user)) for user in sorted(users))
+
+    def delete() -> None:
+        open_table(lake, table).delete(
+            f"{_of(days)} AND user_id IN ({listed})",
+            commit_properties=_said(commit),
+            writer_properties=WRITER,
+        )
+
+    if days and users:
+        _committed(delete, f"{len(days)} days of {table.name}", uri(lake, table))
+
+
 def has_properties(lake: str, table: Table, wanted: Mapping[str, str]) -> bool:
     return wanted.items() <= open_table(lake, table).metadata().configuration.items()
 

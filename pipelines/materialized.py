@@ -94,7 +94,7 @@ def gathered(
 def unfolded(gathered: DataFrame, domain: Domain, *, length: int, form: TokenFormat) -> DataFrame:
     """A row for each sample of `gathered` rows, with the columns of the table `materialized` but
     compressor_line."""
-    rows = gathered.select("user_id", "event_date", "first", "past", F.inline("asked"))
+    rows = gathered.select("user_id", "event_date", "first", "past", F.inline_outer("asked"))
     before = F.least(F.col("number"), F.lit(length)).cast("int")
     start = (F.col("number") - before - F.col("first") + 1).cast("int")
     past = F.struct(
