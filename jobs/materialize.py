@@ -17,7 +17,7 @@ from pyspark.sql.functions import lit
 
 from jobs import ledger
 from jobs.spark import SparkTables, session
-from jobs.spark_faults import explained
+from jobs.spark_faults import explained as spark_explained
 from pipelines import delta, forgotten, tables
 from pipelines import materialized as pasts
 from pipelines.days import Days
@@ -122,7 +122,7 @@ def main(args: Args) -> dict[str, Any]:
         )
         return result
     doing = f"materializing samples of {domain.name}"
-    with ledger.job(args.lake, "materialize", args) as run, explained(doing):
+    with ledger.job(args.lake, "materialize", args) as run, spark_explained(doing):
         commit = ledger.commit_of(run, domain, source.versions, line=args.line)
         files_per_day = -(-max(by_day.values(), default=0) * row_bytes // FILE_BYTES) or 1
         with forgotten.kept_out(args.lake, domain) as gone:
@@ -135,7 +135,7 @@ def main(args: Args) -> dict[str, Any]:
                     unfold=partial(_unfolded, source=source, args=args),
                 )  # fmt: skip
             except RetryableError as error:
-                raise _explained(error, source, args) from error
+                raise explained(error, source, args) from error
         run.outputs[table.name] = written
         result["rows"] = _num_rows(args.lake, table, days, args.line, written)
         run.add(rows=result["rows"])
@@ -176,7 +176,7 @@ def _num_rows(lake: str, table: tables.Table, days: Days, line: str, version: in
     )
 
 
-def _explained(error: RetryableError, source: Source, args: Args) -> Exception:
+def explained(error: RetryableError, source: Source, args: Args) -> Exception:
     """Rows that Spark refused, as a person can act on it."""
     text, name = str(error), source.domain.name
     if pasts.TWICE in text:

@@ -22,7 +22,7 @@ from jobs import train_compressor
 from jobs.cli import run
 from pipelines import delta, forgotten, sources, tables
 from pipelines.days import as_number
-from pipelines.domain import parse
+from pipelines.domain import Domain, parse
 from pipelines.errors import RetryableError
 from pipelines.keys import key_id, key_text
 from pipelines.splits import users_kept
@@ -76,6 +76,7 @@ def whole(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFact
         for flags in (("--line", "all"), ("--line", "half", "--user-share", "0.5")):
             words = ["train-compressor", "--domain", shop.file, "--lake", lake, "--device", "cpu"]
             assert run([*words, *flags, "--user-seed", str(NOT_HERS)]) == 0
+    done("materialize", shop, lake, "--line", "all", "--length", 4)
     UserIndex.build(lake, shop.domain, folder / "index", days=None, lines=["all"], fields=True)
     return folder
 
@@ -99,6 +100,7 @@ def everything(place: Path, shop: Shop) -> dict[str, list[Row]]:
     lake, domain = str(place / "lake"), shop.domain
     held = content(lake, domain)
     held["quarantine"] = delta.read(lake, tables.quarantine(domain)).to_pylist()
+    held["materialized"] = delta.read(lake, tables.materialized(domain)).to_pylist()
     for line in ("all", "half"):
         tokens = tables.instance_tokens(domain.name)
         if delta.exists(lake, tokens):
@@ -132,15 +134,19 @@ def test_a_user_leaves_every_table_and_everyone_else_stays(
     assert KEY not in said
     # Days are as right as before, and a second run finds nothing to do.
     _, calendar = status(shop, place / "lake")
-    assert calendar.count("4 of 4 days right") == 3 + 2 * 2  # built tables, tokens of two lines
+    # Built tables, tokens of two lines, samples with those of one.
+    assert calendar.count("4 of 4 days right") == 3 + 2 * 2 + 1
     then = versions(place, shop)
     assert erase(shop, place)["rows"] == {}
     assert versions(place, shop) == then
 
 
-def test_files_stay_one_a_day_and_sorted(shop: Shop, place: Path) -> None:
+@pytest.mark.parametrize("make", [tables.user_order, tables.materialized])
+def test_files_stay_one_a_day_and_sorted(
+    shop: Shop, place: Path, make: Callable[[Domain], tables.Table]
+) -> None:
     erase(shop, place)
-    table = tables.user_order(shop.domain)
+    table = make(shop.domain)
     files = delta.open_table(str(place / "lake"), table).file_uris()
     assert len({Path(file).parent for file in files}) == len(files)
     for file in files:
@@ -197,7 +203,7 @@ def test_after_a_vacuum_no_byte_of_the_user_is_left(shop: Shop, place: Path) -> 
     ids = {USER, *(r["instance_id"] for r in held if r["user_id"] == USER)}
     everywhere = {
         "instances", "quarantine", "temporal_order", "user_order", "histories", "ranker_samples",
-        "instance_tokens", "artifacts",
+        "instance_tokens", "materialized", "artifacts",
     }  # fmt: skip
     assert places_of(lake, ids) == everywhere
     erase(shop, place)

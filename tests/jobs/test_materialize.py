@@ -15,20 +15,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
+from pyspark.sql.functions import lit, raise_error
 
 from downstream.materialized import tokens_of
 from downstream.token_store import HistoryRow, InMemoryTokenStore, Tokens, TokenStore
 from downstream.user_index import IndexStore, UserIndex
 from jobs.cli import run
+from jobs.materialize import Args, Source, explained
+from jobs.spark_faults import SPARK_ERRORS, as_ours
 from pipelines import delta, tables, token_format
+from pipelines import materialized as pasts
 from pipelines.days import Days, midnight, to_us
 from pipelines.domain import load
-from pipelines.errors import InputError
+from pipelines.errors import InputError, RetryableError
 from pipelines.token_format import TokenFormat
 from tests.downstream.test_user_index import DEVICES, as_table, assert_same
 
@@ -56,7 +61,7 @@ DAYS = Days(FIRST, FIRST + timedelta(days=3))
 START_US, DAY_US = to_us(midnight(FIRST)), 86_400_000_000
 FORM = TokenFormat("float16", 3)
 LINE, OTHER_LINE = "main", "other"
-LENGTHS = (1, 3, 16)
+LENGTHS = (1, 5)
 NUM_USERS = 220
 
 INSTANT = st.builds(
@@ -355,3 +360,153 @@ def test_spark_says_bit_for_bit_what_the_stores_say(shop: Shop, length: int, dev
     found = content(tokens_of(rows, shop.domain, FORM, length))
     for store in stores(shop, device):
         assert_same(found, content(store.fetch(*asked(rows), length)))
+
+
+def files_of(lake: str, table: tables.Table) -> dict[str, set[str]]:
+    """Names of files by their partition."""
+    found: dict[str, set[str]] = {}
+    for uri in delta.open_table(lake, table).file_uris():
+        path = Path(uri)
+        found.setdefault(f"{path.parent.parent.name}/{path.parent.name}", set()).add(path.name)
+    return found
+
+
+def test_a_day_is_replaced_alone_and_lines_lie_side_by_side(shop: Shop, tmp_path: Path) -> None:
+    place, length = shutil.copytree(shop.at(LENGTHS[1]), tmp_path / "copy"), LENGTHS[1]
+    lake, table = str(place / "lake"), tables.materialized(shop.domain)
+    held, files = shop.read(length), files_of(lake, table)
+    second = ("--start", FIRST + timedelta(days=1), "--end", FIRST + timedelta(days=2))
+    day = Days(FIRST + timedelta(days=1), FIRST + timedelta(days=2))
+    told = {line: materialize(place, length, *second, line=line) for line in (LINE, OTHER_LINE)}
+    # The same day again is the same table, and no other day's or line's file is touched.
+    assert delta.read(lake, table, line=LINE).equals(held)
+    after, name = files_of(lake, table), f"event_date={day.start}"
+    assert {key for key in {*files, *after} if files.get(key) != after.get(key)} == {
+        f"compressor_line={LINE}/{name}", f"compressor_line={OTHER_LINE}/{name}",
+    }  # fmt: skip
+    other, main = delta.read(lake, table, line=OTHER_LINE), delta.read(lake, table, day, line=LINE)
+    assert told[LINE]["rows"] == told[OTHER_LINE]["rows"] == len(main)
+    found, of_main = (tokens_of(rows, shop.domain, FORM, length) for rows in (other, main))
+    assert torch.equal(found.token_BLD, of_main.token_BLD * 0.5)
+    assert torch.equal(found.token_mask_BL, of_main.token_mask_BL)
+    # Its commit says of what it was made.
+    _, commit = next(delta.commits(delta.open_table(lake, table)))
+    assert (commit["job"], commit["line"]) == ("materialize", OTHER_LINE)
+    assert json.loads(commit["inputs"]) == told[OTHER_LINE]["input_versions"]
+    assert delta.days_told(commit) == day
+    said = iat_alone("lineage", table.name, "--lake", lake, "--day", day.start)
+    assert all(name in said for name in told[LINE]["input_versions"])
+
+
+def iat_alone(*words: object) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert run([str(word) for word in words]) == 0
+    return out.getvalue()
+
+
+def test_each_file_is_sorted_by_user_and_moment(shop: Shop) -> None:
+    table = tables.materialized(shop.domain)
+    opened = delta.open_table(str(shop.at(LENGTHS[0]) / "lake"), table)
+    assert len(opened.file_uris()) == len(DAYS)
+    for uri in opened.file_uris():
+        rows = pq.ParquetFile(uri).read(list(table.sort_by))
+        assert rows.equals(rows.sort_by([(name, "ascending") for name in table.sort_by]))
+    assert token_format.declared(opened) == FORM
+    assert token_format.declared_length(opened) == LENGTHS[0]
+    assert delta.has_properties(str(shop.at(LENGTHS[0]) / "lake"), table, delta.OF_EVENTS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--length", 7), r"rows of 5 vectors and this run needs 7: .* Give --length 5, or write"),
+        (("--length", 0), "--length must be from 1 to 65536, got 0"),
+        (("--line", "third"), "no tokens of line 'third'; lines there: main, other"),
+        (("--line", "../x"), "is no compressor line"),
+        (("--start", "2027-01-01"), "has no rows in"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_written(
+    shop: Shop, flags: tuple[object, ...], said: str
+) -> None:
+    place = shop.at(LENGTHS[1])
+    words = {"--line": LINE, "--length": LENGTHS[1], flags[0]: flags[1]}
+    with pytest.raises(InputError, match=f"2: .*{said}"):
+        iat("materialize", place, *(word for pair in words.items() for word in pair))
+
+
+def test_a_dry_run_says_how_much_and_writes_nothing(shop: Shop) -> None:
+    place = shop.place / "made"
+    told = iat("materialize", place, "--line", LINE, "--length", 4, "--dry-run")
+    assert told.startswith(f"shop: would write {len(shop.world.samples):,d} samples of {DAYS} with")
+    assert not delta.exists(str(place / "lake"), tables.materialized(shop.domain))
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (pasts.TWICE, "build the streams of shop again, or write line main again"),
+        (pasts.OTHER_FORMAT, "instance_tokens/shop declares float16 x 3 and line main has tokens"),
+    ],
+)
+def test_rows_that_no_index_would_take_are_wrong_input(
+    shop: Shop, spark: SparkSession, fault: str, says: str
+) -> None:
+    place = shop.place / "made"
+    args = Args(domain=str(place / "shop.toml"), lake=str(place / "lake"), line=LINE)
+    with pytest.raises(SPARK_ERRORS) as raised:
+        spark.range(1).select(raise_error(lit(fault))).collect()
+    error = as_ours(raised.value, "writing")
+    assert isinstance(error, RetryableError)
+    found = explained(error, Source.of(args), args)
+    assert isinstance(found, InputError)
+    assert says in str(found)
+    other = RetryableError("a lost race")
+    assert explained(other, Source.of(args), args) is other
+
+
+def states(place: Path) -> dict[str, str]:
+    told = place / "status.json"
+    days = ("--start", DAYS.start, "--end", DAYS.end)
+    iat("status", place, *days, "--json", told)
+    found: dict[str, str] = json.loads(told.read_text())["tables"][f"materialized of {LINE}"][
+        "again"
+    ]
+    return found
+
+
+def test_status_knows_a_day_whose_past_was_written_again(shop: Shop, tmp_path: Path) -> None:
+    place = shutil.copytree(shop.at(LENGTHS[0]), tmp_path / "copy")
+    first, second, third = map(str, DAYS)
+    assert states(place) == {}
+    write_day(shop.world, str(place / "lake"), shop.domain, DAYS.end - timedelta(days=1))
+    assert list(states(place)) == [third]
+    histories = tables.histories(shop.domain)
+    day = Days(DAYS.start + timedelta(days=1), DAYS.end - timedelta(days=1))
+    rows = delta.read(str(place / "lake"), histories, day)
+    delta.replace(str(place / "lake"), histories, rows, day, commit={"job": "test"})
+    assert states(place)[second] == "histories/shop rewritten"
+    assert first not in states(place)
+
+
+def test_a_feature_that_came_later_reads_as_missing_in_the_days_before(
+    shop: Shop, tmp_path: Path
+) -> None:
+    place = shutil.copytree(shop.at(LENGTHS[0]), tmp_path / "copy")
+    (place / "shop.toml").write_text(
+        FILE + '[[feature]]\nname = "shelf"\ncolumn = "shelf"\nside = "item"\n'
+    )
+    domain, lake = load(str(place / "shop.toml")), str(place / "lake")
+    table = tables.materialized(domain)
+    delta.evolve(lake, table, commit={"job": "test"})
+    rows = delta.read(lake, table)
+    found = tokens_of(rows, domain, FORM, LENGTHS[0])
+    assert found.side["f_shelf"].shape == (len(rows), LENGTHS[0])
+    assert not found.side.pop("f_shelf").any()
+    assert_same(content(found), content(tokens_of(rows, shop.domain, FORM, LENGTHS[0])))
+
+
+def test_lists_of_another_length_than_told_are_refused(shop: Shop) -> None:
+    with pytest.raises(InputError, match="token needs lists of 6 entries, got 5"):
+        tokens_of(shop.read(LENGTHS[1]), shop.domain, FORM, 6)
