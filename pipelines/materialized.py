@@ -10,7 +10,7 @@ as_of is the future; events of one instant are in order of instance_id.
 
 Letters: L sequence length, n a sample's number of events before it, r an event's number (its
 user's first is 0). Block b holds the events of L b - L <= r < L b + L, so that the newest L before
-any n are within block (n - 1) div L.
+any n are within block n div L.
 """
 
 from __future__ import annotations
@@ -75,9 +75,7 @@ def gathered(
     ]
     is_read = (F.col("number") >= F.col("least") - length) & (F.col("number") < F.col("most"))
     block = F.floor(F.col("number") / length)
-    blocks = F.when(
-        has_asked, F.array(F.floor(F.greatest(F.col("number") - 1, F.lit(0)) / length))
-    ).otherwise(F.array(block, block + 1))
+    blocks = F.when(has_asked, F.array(block)).otherwise(F.array(block, block + 1))
     by_block = (
         numbered.select("*", *reach)
         .where(has_asked | is_read)

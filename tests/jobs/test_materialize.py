@@ -7,6 +7,7 @@ import io
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
@@ -27,7 +28,7 @@ from downstream.materialized import tokens_of
 from downstream.token_store import HistoryRow, InMemoryTokenStore, Tokens, TokenStore
 from downstream.user_index import IndexStore, UserIndex
 from jobs.cli import run
-from jobs.materialize import Args, Source, explained
+from jobs.materialize import FILE_BYTES, Args, Source, explained
 from jobs.spark_faults import SPARK_ERRORS, as_ours
 from pipelines import delta, tables, token_format
 from pipelines import materialized as pasts
@@ -143,7 +144,7 @@ def fuzzed() -> World:
     draw = random.Random(1)
     long = [
         Event(
-            at=draw.randrange(3 * 10**4) * 8_640_000, brand=draw.randrange(4), is_asked=True,
+            at=draw.randrange(3 * DAY_US), brand=draw.randrange(4), is_asked=True,
             labels=((1, draw.randrange(3 * DAY_US)), (None, None)),
             token=(draw.random(), 1.0, -0.0), available=draw.randrange(3 * DAY_US),
         )
@@ -264,9 +265,11 @@ def shop(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Shop:
         index = UserIndex.extended(
             lake, domain, place / "index", days=None, lines=[LINE, OTHER_LINE]
         )
-    for length in LENGTHS:
+    for length, file_bytes in zip(LENGTHS, (FILE_BYTES, 20_000), strict=True):
         shutil.copytree(made, place / str(length))
-        materialize(place / str(length), length)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("jobs.materialize.FILE_BYTES", file_bytes)
+            materialize(place / str(length), length)
     return Shop(world, domain, place, index)
 
 
@@ -405,16 +408,22 @@ def iat_alone(*words: object) -> str:
     return out.getvalue()
 
 
-def test_each_file_is_sorted_by_user_and_moment(shop: Shop) -> None:
-    table = tables.materialized(shop.domain)
-    opened = delta.open_table(str(shop.at(LENGTHS[0]) / "lake"), table)
-    assert len(opened.file_uris()) == len(DAYS)
+@pytest.mark.parametrize(("length", "files_per_day"), [(LENGTHS[0], 1), (LENGTHS[1], 3)])
+def test_each_file_is_sorted_by_user_and_moment(
+    shop: Shop, length: int, files_per_day: int
+) -> None:
+    lake, table = str(shop.at(length) / "lake"), tables.materialized(shop.domain)
+    opened, users = delta.open_table(lake, table), Counter[tuple[Any, ...]]()
     for uri in opened.file_uris():
         rows = pq.ParquetFile(uri).read(list(table.sort_by))
         assert rows.equals(rows.sort_by([(name, "ascending") for name in table.sort_by]))
+        users.update((Path(uri).parent.name, user) for user in set(rows["user_id"].to_pylist()))
+    # A day too wide for one file is several, and nobody's rows of a day are in two.
+    assert len(opened.file_uris()) == len(DAYS) * files_per_day
+    assert set(users.values()) == {1}
     assert token_format.declared(opened) == FORM
-    assert token_format.declared_length(opened) == LENGTHS[0]
-    assert delta.has_properties(str(shop.at(LENGTHS[0]) / "lake"), table, delta.OF_EVENTS)
+    assert token_format.declared_length(opened) == length
+    assert delta.has_properties(lake, table, delta.OF_EVENTS)
 
 
 @pytest.mark.parametrize(
