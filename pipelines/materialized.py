@@ -2,8 +2,8 @@
 
 The same rows as `TokenStore.fetch` gives, bit for bit, in two steps: what few rows say (`gathered`,
 a row for each block of a user's events that a day's samples look back to) and what each sample then
-reads of them (`unfolded`), so that the copies of a past are made last and never shuffled. No window
-holds more than numbers, and no list more than 2 L events, however many a user has.
+reads of them (`unfolded`), so that the copies of a past are made last and never shuffled. A past is
+read once for all samples of a moment. No list holds more than 2 L events, however many a user has.
 
 Rules of time, DESIGN.md section 5: an event, a publication or a label of the same microsecond as
 as_of is the future; events of one instant are in order of instance_id.
@@ -24,8 +24,8 @@ from pipelines.domain import Domain
 from pipelines.features import NEVER_US
 from pipelines.token_format import TokenFormat
 
-SAMPLE = ("instance_id", "item_id", "request_id", "as_of", "is_sampled", "event_date")
-"""What is carried of a sample beside its user."""
+SAMPLE = ("instance_id", "item_id", "request_id", "is_sampled")
+"""What is carried of a sample beside its user and moment."""
 TWICE = "an instance is in the histories twice, or has two tokens of this line"
 """Part of the error with which Spark ends on such rows."""
 OTHER_FORMAT = "tokens are not of the declared format"
@@ -62,12 +62,12 @@ def gathered(
     length: int,
     form: TokenFormat,
 ) -> DataFrame:
-    """A row for each (user_id, event_date, block): `asked`, its samples, and `past`, a struct of
-    lists of at most 2 L entries that holds the events that those read, in order; `first` is the
-    number of the first."""
+    """A row for each (user_id, event_date, block): `asked`, its moments with their samples, and
+    `past`, a struct of lists of at most 2 L entries that holds the events that those read, in
+    order; `first` is the number of the first."""
     events = _events(samples, histories, tokens, domain, form)
     numbered = _numbered(samples, events)
-    # Who asks for n events reads those from n - L on: only these go on, to the blocks they are in.
+    # A moment after n events reads those from n - L on: only these go on, to their blocks.
     has_asked = F.col("asked").isNotNull()
     reach = [
         each(F.when(has_asked, F.col("number"))).over(Window.partitionBy("user_id")).alias(name)
@@ -92,54 +92,44 @@ def gathered(
 def unfolded(gathered: DataFrame, domain: Domain, *, length: int, form: TokenFormat) -> DataFrame:
     """A row for each sample of `gathered` rows, with the columns of the table `materialized` but
     compressor_line."""
-    rows = gathered.select("user_id", "event_date", "first", "past", F.inline_outer("asked"))
-    before = F.least(F.col("number"), F.lit(length)).cast("int")
-    start = (F.col("number") - before - F.col("first") + 1).cast("int")
-    past = F.struct(
-        *(F.slice(f"past.{name}", start, before).alias(name) for name in _facts(domain))
-    )
-    read = rows.select(
-        "user_id", *SAMPLE, F.unix_micros("as_of").alias("as_of_us"),
-        (length - before).alias("empty"), before.alias("before"), past.alias("past"),
-    )  # fmt: skip
-    wide = (each.alias(name) for name, each in _wide(domain, form))
-    return read.select("user_id", *SAMPLE, *wide)
+    moments = gathered.select("user_id", "event_date", "first", "past", F.inline_outer("asked"))
+    wide = (each.alias(name) for name, each in _wide(domain, length, form))
+    read = moments.select("user_id", "event_date", "as_of", "samples", *wide)
+    return read.select("*", F.inline_outer("samples")).drop("samples")
 
 
-def _wide(domain: Domain, form: TokenFormat) -> Iterator[tuple[str, Column]]:
-    """What a sample reads of its cut past, by column, padded in front."""
-    as_of_us = F.col("as_of_us")
+def _wide(domain: Domain, length: int, form: TokenFormat) -> Iterator[tuple[str, Column]]:
+    """What is read at a moment, by column, padded in front."""
+    as_of_us = F.unix_micros("as_of")
     nothing = F.lit(b"\0" * form.num_bytes)
+    count = F.least(F.col("number"), F.lit(length)).cast("int")
+    start = (F.col("number") - count - F.col("first") + 1).cast("int")
+
+    def newest(name: str) -> Column:
+        # Within the function that goes over its entries, and not in a column before: Spark reads
+        # the entries of stored lists many times slower.
+        return F.slice(f"past.{name}", start, count)
 
     def padded(value: Column, of: Column) -> Column:
-        return F.concat(F.array_repeat(value, F.col("empty")), of)
+        return F.concat(F.array_repeat(value, length - count), of)
 
-    is_published = F.transform("past.available_us", lambda at: at < as_of_us)
-    yield (
-        "token",
-        padded(
-            nothing,
-            F.zip_with(
-                "past.token",
-                "past.available_us",
-                lambda token, at: F.when(at < as_of_us, token).otherwise(nothing),
-            ),
-        ),
-    )
-    yield "mask", padded(F.lit(False), F.array_repeat(F.lit(True), F.col("before")))
+    def known(name: str, at: str, otherwise: Column) -> Column:
+        """The value where its time is before as_of."""
+        return F.zip_with(
+            newest(name), newest(at), lambda x, us: F.when(us < as_of_us, x).otherwise(otherwise)
+        )
+
+    yield "token", padded(nothing, known("token", "available_us", nothing))
+    yield "mask", padded(F.lit(False), F.array_repeat(F.lit(True), count))
+    is_published = F.transform(newest("available_us"), lambda us: us < as_of_us)
     yield "token_mask", padded(F.lit(False), is_published)
-    gaps = F.transform("past.time_us", lambda at: ((as_of_us - at) / F.lit(1e6)).cast("float"))
+    gaps = F.transform(newest("time_us"), lambda us: ((as_of_us - us) / F.lit(1e6)).cast("float"))
     yield "gap_s", padded(F.lit(0.0).cast("float"), gaps)
     for feature in domain.side_features:
-        name = feature.stream_column
-        yield name, padded(F.lit(0), F.col(f"past.{name}"))
+        yield feature.stream_column, padded(F.lit(0), newest(feature.stream_column))
     for label in domain.labels:
-        known = F.zip_with(
-            f"past.label_{label.name}",
-            f"past.known_us_{label.name}",
-            lambda value, at: F.when(at < as_of_us, value).otherwise(F.lit(0)),
-        )
-        yield f"label_{label.name}", padded(F.lit(0), known)
+        column = f"label_{label.name}"
+        yield column, padded(F.lit(0), known(column, f"known_us_{label.name}", F.lit(0)))
 
 
 def _events(
@@ -177,20 +167,23 @@ def _events(
 
 
 def _numbered(samples: DataFrame, events: DataFrame) -> DataFrame:
-    """Events and samples (`event` or `asked` is not null), each with the number of its user's
-    events before it: for a sample, of those strictly before as_of."""
-    asked = samples.select(
+    """Events and moments that samples ask at (`event` or `asked` is not null), each with the number
+    of its user's events before it: for a moment, of those strictly before."""
+    moments = samples.groupBy("user_id", "as_of", "event_date").agg(
+        F.collect_list(F.struct(*SAMPLE)).alias("samples")
+    )
+    asked = moments.select(
         "user_id",
         F.col("as_of").alias("at"),
         F.lit(False).alias("is_event"),
-        "instance_id",
-        F.struct(*SAMPLE).alias("asked"),
+        F.lit(None).cast("long").alias("instance_id"),
+        F.struct("as_of", "event_date", "samples").alias("asked"),
     )
     happened = events.select(
         "user_id", F.col("event_time").alias("at"), F.lit(True).alias("is_event"), "instance_id",
         "event",
     )  # fmt: skip
-    # At one instant samples come first, and so before every event of it.
+    # At one instant what asks comes first, and so before every event of it.
     in_order = Window.partitionBy("user_id").orderBy("at", "is_event", "instance_id")
     before = in_order.rowsBetween(Window.unboundedPreceding, -1)
     is_again = (
@@ -206,33 +199,36 @@ def _numbered(samples: DataFrame, events: DataFrame) -> DataFrame:
 
 
 def _by_day(by_block: DataFrame, domain: Domain, length: int) -> DataFrame:
-    """Blocks that are asked of, a row for each day of their samples, with what those read."""
-    days = F.array_distinct(F.col("asked.of.event_date"))
+    """Blocks that are asked of, a row for each day on which they are, with what is read then."""
+    dates = F.col("asked.of.event_date")
     by_day = by_block.select(
-        "user_id", "block", "asked", "past", F.explode(days).alias("event_date")
-    ).withColumn(
-        "asked",
-        F.filter("asked", lambda each: each["of"]["event_date"] == F.col("event_date")),
-    )
-    # Sorted by number: the first sample reads from where the day does, the last to its end.
+        "user_id", "asked", "past", dates.alias("dates"),
+        F.explode(F.array_distinct(dates)).alias("event_date"),
+    )  # fmt: skip
+    # In order of number, and so of day: a day's first moment reads from where the day does, its
+    # last to the day's end.
+    first_at = F.array_position("dates", F.col("event_date")).cast("int")
+    num_after = F.array_position(F.reverse("dates"), F.col("event_date")).cast("int") - 1
+    of_day = by_day.select(
+        "user_id", "event_date", "past",
+        F.slice("asked", first_at, F.size("dates") - num_after - first_at + 1).alias("asked"),
+    )  # fmt: skip
     start = F.greatest(F.element_at("asked.number", 1) - length, F.lit(0))
-    read = F.filter(
-        "past",
-        lambda each: (
-            (each["number"] >= start) & (each["number"] < F.element_at(F.col("asked.number"), -1))
-        ),
-    )
-    return by_day.withColumn("past", read).select(
+    end = F.element_at("asked.number", -1)
+    skipped = (start - F.coalesce(F.get("past.number", F.lit(0)), start)).cast("int")
+    read = of_day.select(
+        "user_id", "event_date", "asked", start.alias("first"),
+        F.slice("past", skipped + 1, (end - start).cast("int")).alias("past"),
+    )  # fmt: skip
+    return read.select(
         "user_id",
         "event_date",
-        start.alias("first"),
+        "first",
         F.struct(*(F.col(f"past.of.{name}").alias(name) for name in _facts(domain))).alias("past"),
-        F.transform(
-            "asked",
-            lambda each: F.struct(
-                each["number"].alias("number"),
-                *(each["of"][name].alias(name) for name in SAMPLE if name != "event_date"),
-            ),
+        F.arrays_zip(
+            F.col("asked.number").alias("number"),
+            F.col("asked.of.as_of").alias("as_of"),
+            F.col("asked.of.samples").alias("samples"),
         ).alias("asked"),
     )
 
