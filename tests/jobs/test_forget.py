@@ -22,7 +22,7 @@ from jobs import train_compressor
 from jobs.cli import run
 from pipelines import delta, forgotten, sources, tables
 from pipelines.days import as_number
-from pipelines.domain import Domain, parse
+from pipelines.domain import parse
 from pipelines.errors import RetryableError
 from pipelines.keys import key_id, key_text
 from pipelines.splits import users_kept
@@ -141,12 +141,9 @@ def test_a_user_leaves_every_table_and_everyone_else_stays(
     assert versions(place, shop) == then
 
 
-@pytest.mark.parametrize("make", [tables.user_order, tables.materialized])
-def test_files_stay_one_a_day_and_sorted(
-    shop: Shop, place: Path, make: Callable[[Domain], tables.Table]
-) -> None:
+def test_files_stay_one_a_day_and_sorted(shop: Shop, place: Path) -> None:
     erase(shop, place)
-    table = make(shop.domain)
+    table = tables.user_order(shop.domain)
     files = delta.open_table(str(place / "lake"), table).file_uris()
     assert len({Path(file).parent for file in files}) == len(files)
     for file in files:
@@ -237,7 +234,7 @@ def test_an_index_is_built_again_without_the_user(shop: Shop, place: Path) -> No
     assert erase(shop, place, "--index", folder)["indexes"] == []
 
 
-@pytest.mark.parametrize("at", range(0, 8, 3))
+@pytest.mark.parametrize("at", range(0, 9, 4))
 def test_a_run_that_is_killed_goes_on(
     shop: Shop, place: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
