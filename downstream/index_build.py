@@ -51,7 +51,7 @@ from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError, RetryableError
 from pipelines.features import NEVER_US, FeatureLayout, arrays, times_us
-from pipelines.token_format import CODECS, TokenFormat, check, declared, decode
+from pipelines.token_format import CODECS, TokenFormat, check, decode, of_line
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ def _write(
     for line in lines:
         kept = asked & (ds.field("compressor_line") == line)
         tokens[line] = snapshot.source(tables.instance_tokens(domain.name), days, kept)
-        formats[line] = _format(tokens[line], line)
+        found = tokens[line]
+        formats[line] = of_line(found.opened, found.table.name, line, found.batches(["token"]))
     real = asked & ~ds.field("is_sampled")
     logged = snapshot.source(tables.user_order(domain), days, real) if fields else None
     users = Users.read(histories)
@@ -132,8 +133,8 @@ def _write(
         if only_users is None:
             # They are cumulative: those from before the first day stay readable.
             until = Days(date.min, days.end) if days is not None else None
-            of_line = ds.field("compressor_line") == line
-            items = snapshot.source(tables.item_tokens(domain.name), until, of_line)
+            is_its = ds.field("compressor_line") == line
+            items = snapshot.source(tables.item_tokens(domain.name), until, is_its)
         segments = _put_items(writer, items, name, width)
         save_segments(folder / name, ITEMS, 0, segments)
         line_metas[line] = LineMeta(
@@ -162,32 +163,6 @@ def field_columns(domain: Domain) -> list[str]:
     layout = FeatureLayout.of(domain)
     categorical = [layout.categorical[at] for at in layout.slot_fields]
     return [feature.stream_column for feature in (*categorical, *layout.numbers)]
-
-
-def _format(tokens: Source, line: str) -> TokenFormat:
-    """The line's format, as the table declares it, or else as its first token shows."""
-    name = tokens.table.name
-    found = {part["compressor_line"] for part in tokens.opened.partitions()}
-    if line not in found:
-        held = ", ".join(sorted(found)) or "none"
-        raise InputError(f"{name} has no tokens of line {line!r}; lines there: {held}")
-    form = declared(tokens.opened)
-    first = next((b for b in tokens.batches(["token"]) if len(b)), None)
-    if first is None:
-        if form is None:
-            raise InputError(
-                f"{name} has no tokens of line {line!r} in the asked days, and declares no width"
-            )
-        return form
-    num_bytes = len(first.column("token")[0].as_py())
-    if form is None:
-        return TokenFormat("float16", num_bytes // CODECS["float16"].itemsize)
-    if num_bytes != form.num_bytes:
-        raise InputError(
-            f"{name} declares {form} ({form.num_bytes} bytes) and a token of line {line!r} "
-            f"has {num_bytes} bytes; write the line again, or to another lake"
-        )
-    return form
 
 
 def _allocate(

@@ -69,6 +69,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "rollback": ("jobs.rollback", "approve the line again that was approved before"),
     "write-tokens": ("jobs.write_tokens", "tokens of some days by a trained version"),
     "index": ("jobs.index", "keep a user index on disk: built once, extended by changed days"),
+    "materialize": (
+        "jobs.materialize",
+        "ranker samples with their users' pasts written out: wide Parquet",
+    ),
     "fetch": ("jobs.fetch", "a user's newest tokens strictly before a moment"),
     "train-ranker": (
         "jobs.train_ranker",
@@ -142,6 +146,7 @@ JSON_KEYS: Mapping[str, str] = {
     "write-tokens": "line, version, days, width, tokens",
     "index": "domain, index, was (missing, there, built, extended, unchanged), rows, lines, tables "
     "(versions)",
+    "materialize": "domain, line, days, length, codec, width, input_versions, rows",
     "fetch": "domain, line, user, user_id, as_of, is_known, token_width, tables, events",
     "train-ranker": "domain, ranker, arm, line, protocol, seed, days, num_samples, num_predicted, "
     "num_labelled, metrics (value, low, high), trained_rows, steps, parameters, seconds, "

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 Change = Callable[[pa.Table], pa.Table]
 
 BY_USER: Sequence[Callable[[Domain], Table]] = (
+    tables.materialized,
     lambda domain: tables.instance_tokens(domain.name),
     tables.ranker_samples,
     tables.histories,
@@ -51,6 +52,9 @@ BY_USER: Sequence[Callable[[Domain], Table]] = (
 )
 """Tables with a user_id, in the order in which they are rewritten: what others are made of last, so
 that a run that goes on after a kill still finds the users' days."""
+
+WIDE_ROWS = 1024
+"""Rows of `materialized` that are held at a time: each is a whole past."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +198,11 @@ def erase(
     steps = [(tables.quarantine(domain), of_others)]
     steps += [(make(domain), others) for make in BY_USER]
     for table, change in tqdm(steps, desc=f"forgetting in {domain.name}", unit="table"):
+        is_wide = table.name == tables.materialized(domain).name
         delta.rewrite(
-            lake, table, traces.days.get(table.name, []), partial(_same, change), commit=commit
-        )
+            lake, table, traces.days.get(table.name, []), partial(_same, change), commit=commit,
+            rows_at_once=WIDE_ROWS if is_wide else None,
+        )  # fmt: skip
     if "://" not in lake:  # weights, and what they predicted, are in local lakes alone
         for row in compressor_lines.newest(lake, domain.name):
             predictions.forget(lake, row["compressor_line"], users)

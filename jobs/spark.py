@@ -162,6 +162,7 @@ class SparkTables:
         commit: Mapping[str, str],
         line: str | None = None,
         files_per_day: int = 1,
+        unfold: Callable[[DataFrame], DataFrame] | None = None,
     ) -> int:
         """Makes `rows` the whole content of `days` (of one line), in one commit; gives the version.
 
@@ -169,9 +170,14 @@ class SparkTables:
         declared feature that the table lacks comes into it first.
         A day is one sorted file, or `files_per_day` written side by side (split by the first sort
         column, so that a user's rows stay together), each cut at ROWS_PER_FILE.
+
+        Args:
+            unfold: makes the table's rows of `rows`, each by itself, once they lie with their day
+                and file: few rows that become many are moved before, not after. They need the
+                table's event_date and, where a day is several files, its first sort column.
         """
         path = delta.uri(self.lake, table)
-        arranged = self._arranged(table, _as_declared(table, rows), days, files_per_day)
+        arranged = self._arranged(table, rows, days, files_per_day, unfold)
         writer = (
             arranged.write.format("delta")
             .mode("overwrite")
@@ -212,15 +218,27 @@ class SparkTables:
         newest = DeltaTable.forPath(self.spark, path).history(1).select("version")
         return int(newest.collect()[0][0])
 
-    def _arranged(self, table: Table, rows: DataFrame, days: Days, files_per_day: int) -> DataFrame:
+    def _arranged(
+        self,
+        table: Table,
+        rows: DataFrame,
+        days: Days,
+        files_per_day: int,
+        unfold: Callable[[DataFrame], DataFrame] | None,
+    ) -> DataFrame:
         """Each day whole in one task (or `files_per_day`), sorted; no more tasks than help."""
+        if unfold is None:
+            rows = _as_declared(table, rows)
         slot = F.datediff(F.col("event_date"), F.lit(days.start)) * files_per_day
         if files_per_day > 1:
             key = F.col(_quoted(table.sort_by[0] if table.sort_by else table.schema.names[0]))
             slot = slot + F.pmod(F.xxhash64(key), F.lit(files_per_day)).cast("int")
         num_tasks = min(max(len(days), 1) * files_per_day, _most_tasks(self.spark))
         order = map(_quoted, dict.fromkeys((*table.partition_by, *table.sort_by)))
-        return rows.repartitionById(num_tasks, slot).sortWithinPartitions(*order)
+        placed = rows.repartitionById(num_tasks, slot)
+        if unfold is not None:
+            placed = _as_declared(table, unfold(placed))
+        return placed.sortWithinPartitions(*order)
 
 
 def retried(attempt: Callable[[], Written], *, what: str, pause_s: float = 0.1) -> Written:

@@ -12,6 +12,7 @@ from typing import Any
 
 from jobs.day_states import asked, states_of
 from jobs.future import latest_of, without_future
+from jobs.materialized_states import materialized_states
 from jobs.token_states import Reasons, token_states
 from pipelines import delta, lines, raw_files, tables
 from pipelines.days import Days
@@ -24,8 +25,8 @@ RIGHT_SIGN, MISSING_SIGN, STALE_SIGN, OUTSIDE = "#", ".", "~", " "
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
-    """Show which days of a domain's tables, and of the tokens of each of its compressor lines, are
-    right, missing or stale, month by month.
+    """Show which days of a domain's tables, and of the tokens (and materialised samples, if any) of
+    each of its compressor lines, are right, missing or stale, month by month.
 
     A day is stale when the domain file, the toolkit's version, or what it was made of (instances,
     or the raw log as the last build or backfill saw it) have changed since it was written. Known
@@ -52,6 +53,8 @@ def main(args: Args) -> dict[str, Any]:
     of_lines = token_states(args.lake, domain, lines.newest(args.lake, domain.name), days)
     for line, found in of_lines.items():
         shown |= {f"tokens of {line}": found.tokens, f"item tokens of {line}": found.items}
+    for line, states in materialized_states(args.lake, domain, days).items():
+        shown[f"materialized of {line}"] = states
     quarantined = quarantined_shares(args.lake, domain, days)
     sys.stdout.write(as_text(domain.name, days, shown, quarantined))
     return {

@@ -26,7 +26,7 @@ SAFE_HOURS = 168
 """A week, as Delta has it: no job writes a file, or reads an old version, for longer."""
 OF_DOMAIN = (
     "instances", "quarantine", "temporal_order", "user_order", "histories", "ranker_samples",
-    "instance_tokens", "item_tokens", "forgotten", "raw_files",
+    "instance_tokens", "item_tokens", "materialized", "forgotten", "raw_files",
 )  # fmt: skip
 OF_LAKE = (tables.compressor_versions, tables.job_reports, tables.manifests)
 

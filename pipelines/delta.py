@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, timedelta
+from itertools import chain
 from typing import TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
@@ -190,14 +191,20 @@ def scan(
     kept: ds.Expression | None = None,
     *,
     days: AskedDays = None,
+    rows_at_once: int | None = None,
 ) -> ds.Scanner:
     """Declared columns of the rows of `days` that `kept` keeps, in no order; a feature that came
     later reads as missing (`Table.missing`) in the days before it.
 
+    `rows_at_once`: a batch's, few of which are held, each file's in its order; None: what is fast.
+
     InputError where a stored feature means something else than declared.
     """
     values = projection(opened, table, columns)
-    return dataset(opened, table, days).scanner(columns=values, filter=kept)
+    held = {"batch_size": rows_at_once, "batch_readahead": 1, "fragment_readahead": 1}
+    return dataset(opened, table, days).scanner(
+        columns=values, filter=kept, **(held if rows_at_once else {})
+    )
 
 
 def projection(
@@ -346,24 +353,31 @@ def rewrite(
     changed: Callable[[], Callable[[pa.Table], pa.Table]],
     *,
     commit: Mapping[str, str],
+    rows_at_once: int | None = None,
 ) -> None:
     """Each of `days` becomes what a function makes of its rows, in one commit that names no days:
     they stay those of the commit that wrote them.
 
     Days are read one at a time, in order. What another writer commits to them meanwhile is a
     conflict, after which `changed` gives a new function and all are read again.
+
+    Args:
+        rows_at_once: of a day that need not fit into memory; its function is given so many rows at
+            a time, and its files may be in another order afterwards.
     """
 
     def write() -> None:
         opened, change = evolve(lake, table, commit=commit), changed()
 
-        def made(day: date) -> list[pa.RecordBatch]:
+        def made(day: date) -> Iterator[pa.RecordBatch]:
             # A day is one batch: batches that follow each other are written in any order.
-            return change(_day(opened, table, day)).combine_chunks().to_batches()
+            for rows in _pieces(opened, table, day, rows_at_once):
+                yield from change(rows).combine_chunks().to_batches()
 
         # delta-rs asks for batches from within its own runtime, in which it cannot be called.
         with ThreadPoolExecutor(1) as reader:
-            batches = (batch for day in sorted(days) for batch in reader.submit(made, day).result())
+            of_all = chain.from_iterable(map(made, sorted(days)))
+            batches = iter(lambda: reader.submit(next, of_all, None).result(), None)
             write_deltalake(
                 opened,
                 pa.RecordBatchReader.from_batches(table.schema, batches),
@@ -391,10 +405,17 @@ def ensure_properties(lake: str, table: Table, wanted: Mapping[str, str]) -> Non
         )
 
 
-def _day(opened: DeltaTable, table: Table, day: date) -> pa.Table:
-    rows = scan(opened, table, table.schema.names, days=[day]).to_table()
+def _pieces(
+    opened: DeltaTable, table: Table, day: date, rows_at_once: int | None
+) -> Iterator[pa.Table]:
+    """A day's rows in the table's order, or so many of them at a time as they lie in its files."""
+    scanned = scan(opened, table, table.schema.names, days=[day], rows_at_once=rows_at_once)
+    if rows_at_once:
+        for batch in scanned.to_batches():
+            yield pa.Table.from_batches([batch]).cast(table.schema)
+        return
     order = dict.fromkeys((*table.partition_by, *table.sort_by))
-    return rows.cast(table.schema).sort_by([(name, "ascending") for name in order])
+    yield scanned.to_table().cast(table.schema).sort_by([(name, "ascending") for name in order])
 
 
 def _committed(write: Callable[[], Written], what: str, place: str) -> Written:

@@ -161,6 +161,33 @@ def instance_tokens(domain_name: str) -> Table:
     )
 
 
+def materialized(domain: Domain) -> Table:
+    """One ranker sample with its user's past written out, as `TokenStore.fetch` gives it for one
+    line: lists of exactly `iat.length` entries (a table property), oldest first, padded in front.
+
+    A side column that came later than a day reads as the empty list there: all of it missing. The
+    rest of a sample is in `ranker_samples`, under the same event_date and instance_id.
+    """
+    columns = [
+        *KEYS[:4],
+        ("as_of", UTC_TIME),
+        ("is_sampled", pa.bool_()),
+        ("compressor_line", pa.string()),
+        ("token", pa.list_(pa.binary())),
+        ("mask", pa.list_(pa.bool_())),
+        ("token_mask", pa.list_(pa.bool_())),
+        ("gap_s", pa.list_(pa.float32())),
+        *(_column(f, pa.list_(pa.int32())) for f in domain.side_features),
+        *((f"label_{label.name}", pa.list_(pa.int32())) for label in domain.labels),
+    ]
+    return _by_line(
+        f"materialized/{domain.name}",
+        columns,
+        key=("compressor_line", "instance_id"),
+        sort_by=("user_id", "as_of", "instance_id"),
+    )
+
+
 def item_tokens(domain_name: str) -> Table:
     """One item on one day it occurred: decayed sum of its tokens (float32 x D bytes) and decayed
     count up to that day."""

@@ -7,7 +7,7 @@ decayed sums as little-endian float32 (`float32`), 4 D bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from pipelines.errors import InputError
 from pipelines.tables import Table
 
 CODECS: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
-CODEC_KEY, WIDTH_KEY = "iat.codec", "iat.width"
+CODEC_KEY, WIDTH_KEY, LENGTH_KEY = "iat.codec", "iat.width", "iat.length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,13 @@ class TokenFormat:
         return {CODEC_KEY: self.codec, WIDTH_KEY: str(self.width)}
 
 
-def declare(lake: str, table: Table, wanted: TokenFormat) -> None:
-    """Make the table, with the format in its properties; refuse one that exists with another."""
+def declare(lake: str, table: Table, wanted: TokenFormat, *, length: int | None = None) -> None:
+    """Make the table, with the format in its properties; refuse one that exists with another.
+
+    `length`: of a table whose rows hold so many vectors each.
+    """
     where = delta.uri(lake, table)
+    properties = wanted.properties() | ({LENGTH_KEY: str(length)} if length is not None else {})
     if not DeltaTable.is_deltatable(where):
         try:
             DeltaTable.create(
@@ -61,23 +65,30 @@ def declare(lake: str, table: Table, wanted: TokenFormat) -> None:
                 table.schema,
                 mode="error",
                 partition_by=list(table.partition_by),
-                configuration=delta.CHECKPOINTS | delta.OF_EVENTS | wanted.properties(),
+                configuration=delta.CHECKPOINTS | delta.OF_EVENTS | properties,
                 raise_if_key_not_exists=False,
             )
         except (DeltaError, CommitFailedError):
             # Another writer made it first: what it declared is checked below.
             if not DeltaTable.is_deltatable(where):
                 raise
-    check(delta.open_table(lake, table), table.name, wanted)
+    check(delta.open_table(lake, table), table.name, wanted, length=length)
 
 
-def check(table: DeltaTable, name: str, wanted: TokenFormat) -> None:
-    """Refuse a table that declares another format than the wanted one."""
+def check(table: DeltaTable, name: str, wanted: TokenFormat, *, length: int | None = None) -> None:
+    """Refuse a table that declares another format, or length, than the wanted one."""
     found = declared(table)
     if found is not None and found != wanted:
         raise InputError(
             f"{name} holds {found} vectors and this run needs {wanted}; "
             "use the table's format, or write to another lake"
+        )
+    held = declared_length(table)
+    if held is not None and length not in (None, held):
+        raise InputError(
+            f"{name} holds rows of {held} vectors and this run needs {length}: all of a table have "
+            f"one length. Give --length {held}, or write to another lake, or remove the table and "
+            "write its days again"
         )
 
 
@@ -87,6 +98,43 @@ def declared(table: DeltaTable) -> TokenFormat | None:
     if CODEC_KEY not in found or WIDTH_KEY not in found:
         return None
     return TokenFormat(found[CODEC_KEY], int(found[WIDTH_KEY]))
+
+
+def declared_length(table: DeltaTable) -> int | None:
+    """How many vectors a row has by the table's properties; None where it is not said."""
+    found = table.metadata().configuration.get(LENGTH_KEY)
+    return None if found is None else int(found)
+
+
+def of_line(
+    opened: DeltaTable, name: str, line: str, batches: Iterable[pa.RecordBatch]
+) -> TokenFormat:
+    """A line's format, as the table `name` declares it, or else as its first token shows.
+
+    Args:
+        batches: the line's tokens, in a column `token`; the first one is looked at.
+    """
+    found = {part["compressor_line"] for part in opened.partitions()}
+    if line not in found:
+        held = ", ".join(sorted(found)) or "none"
+        raise InputError(f"{name} has no tokens of line {line!r}; lines there: {held}")
+    form = declared(opened)
+    first = next((batch for batch in batches if len(batch)), None)
+    if first is None:
+        if form is None:
+            raise InputError(
+                f"{name} has no tokens of line {line!r} in the asked days, and declares no width"
+            )
+        return form
+    num_bytes = len(first.column("token")[0].as_py())
+    if form is None:
+        return TokenFormat("float16", num_bytes // CODECS["float16"].itemsize)
+    if num_bytes != form.num_bytes:
+        raise InputError(
+            f"{name} declares {form} ({form.num_bytes} bytes) and a token of line {line!r} "
+            f"has {num_bytes} bytes; write the line again, or to another lake"
+        )
+    return form
 
 
 def encode(vectors: npt.NDArray[Any], codec: str = "float16") -> pa.BinaryArray:

@@ -13,6 +13,7 @@ SPARK_JOBS = (
     "build_instances",
     "build_streams",
     "build_samples",
+    "materialize",
     "backfill",
     "status",
     "token_steps",

@@ -76,6 +76,7 @@ def whole(spark: SparkSession, shop: Shop, tmp_path_factory: pytest.TempPathFact
         for flags in (("--line", "all"), ("--line", "half", "--user-share", "0.5")):
             words = ["train-compressor", "--domain", shop.file, "--lake", lake, "--device", "cpu"]
             assert run([*words, *flags, "--user-seed", str(NOT_HERS)]) == 0
+    done("materialize", shop, lake, "--line", "all", "--length", 4)
     UserIndex.build(lake, shop.domain, folder / "index", days=None, lines=["all"], fields=True)
     return folder
 
@@ -99,6 +100,7 @@ def everything(place: Path, shop: Shop) -> dict[str, list[Row]]:
     lake, domain = str(place / "lake"), shop.domain
     held = content(lake, domain)
     held["quarantine"] = delta.read(lake, tables.quarantine(domain)).to_pylist()
+    held["materialized"] = delta.read(lake, tables.materialized(domain)).to_pylist()
     for line in ("all", "half"):
         tokens = tables.instance_tokens(domain.name)
         if delta.exists(lake, tokens):
@@ -132,7 +134,8 @@ def test_a_user_leaves_every_table_and_everyone_else_stays(
     assert KEY not in said
     # Days are as right as before, and a second run finds nothing to do.
     _, calendar = status(shop, place / "lake")
-    assert calendar.count("4 of 4 days right") == 3 + 2 * 2  # built tables, tokens of two lines
+    # Built tables, tokens of two lines, samples with those of one.
+    assert calendar.count("4 of 4 days right") == 3 + 2 * 2 + 1
     then = versions(place, shop)
     assert erase(shop, place)["rows"] == {}
     assert versions(place, shop) == then
@@ -197,7 +200,7 @@ def test_after_a_vacuum_no_byte_of_the_user_is_left(shop: Shop, place: Path) -> 
     ids = {USER, *(r["instance_id"] for r in held if r["user_id"] == USER)}
     everywhere = {
         "instances", "quarantine", "temporal_order", "user_order", "histories", "ranker_samples",
-        "instance_tokens", "artifacts",
+        "instance_tokens", "materialized", "artifacts",
     }  # fmt: skip
     assert places_of(lake, ids) == everywhere
     erase(shop, place)
@@ -231,7 +234,7 @@ def test_an_index_is_built_again_without_the_user(shop: Shop, place: Path) -> No
     assert erase(shop, place, "--index", folder)["indexes"] == []
 
 
-@pytest.mark.parametrize("at", range(0, 8, 3))
+@pytest.mark.parametrize("at", range(0, 9, 4))
 def test_a_run_that_is_killed_goes_on(
     shop: Shop, place: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
