@@ -55,9 +55,7 @@ def s(do: Callable[[], Any], times: int = 7) -> float:
 
 def build(folder: Path, index: str) -> UserIndex:
     domain = load_domain(str(folder / "bench.toml"))
-    return UserIndex.build(
-        f"{folder}/lake", domain, folder / index, days=None, lines=[lakes.LINE]
-    )
+    return UserIndex.build(f"{folder}/lake", domain, folder / index, days=None, lines=[lakes.LINE])
 
 
 def built(folder: Path) -> Iterator[dict[str, Any]]:
@@ -84,7 +82,7 @@ def built(folder: Path) -> Iterator[dict[str, Any]]:
     limit = int(LIMITED * num_bytes)
     with limited(limit) as group:
         if group is None:
-            sys.stderr.write("no control group can be made here: building with less memory left out\n")
+            sys.stderr.write("no control group can be made here: less memory is left out\n")
             return
         worker = get_context("spawn").Process(target=build_in, args=(group, folder))
         started = time.perf_counter()
@@ -166,18 +164,19 @@ def fetched(index: UserIndex, num_requests: int) -> Iterator[dict[str, Any]]:
     user, moment = (x[torch.randperm(num_requests)] for x in asked(num_requests))
     out = store.fetch(user, moment, LENGTH)
     check_same(out, store.plain().fetch(user, moment, LENGTH))
-    num_bytes = sum(x.nbytes for x in (*out._replace(side=out.row_BL)[:-1], *out.side.values()))
+    given = [out.token_BLD, out.mask_BL, out.token_mask_BL, out.gap_s_BL, out.row_BL]
+    num_bytes = sum(x.nbytes for x in (*given, *out.side.values()))
     # Copied by both cores from and to memory that is there already: the most that there is.
     source, target = torch.ones(2, num_bytes, dtype=torch.uint8)
-    row_BL = out.row_BL.clamp(min=0).flatten()
-    flat_XD = out.token_BLD.flatten(0, 1)
+    place = out.row_BL.clamp(min=0).flatten()
+    flat = out.token_BLD.flatten(0, 1)
     threads = torch.get_num_threads()
     name = f"fetch {num_requests} x {LENGTH}"
     copied = s(lambda: target.copy_(source))
     whole = s(lambda: store.fetch(user, moment, LENGTH, out))
     fresh = s(lambda: store.fetch(user, moment, LENGTH))
     slow = s(lambda: store.plain().fetch(user, moment, LENGTH), 2)
-    tokens = s(lambda: torch.index_select(store.token_ND, 0, row_BL, out=flat_XD))
+    tokens = s(lambda: torch.index_select(store.token_ND, 0, place, out=flat))
     torch.set_num_threads(1)
     alone = s(lambda: store.fetch(user, moment, LENGTH, out))
     torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""A lake of random histories and tokens, written without Spark as the jobs would have written it."""
+"""A lake of random histories and tokens, written without Spark as the jobs would write it."""
 
 from __future__ import annotations
 

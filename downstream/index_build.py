@@ -36,7 +36,7 @@ from downstream.index_arrays import (
 )
 from downstream.index_files import (
     EVERY,
-    ROWS_AT_ONCE,
+    Part,
     Snapshot,
     Source,
     Users,
@@ -197,35 +197,35 @@ def _write_events(
     """Days in order, each event to the place after its user's last: nothing is sorted that the
     tables have sorted. Two threads read ahead and write.
 
-    Pages of the index that a pass writes stay in memory, or it would wait for the disk at every
-    event; as many buckets a pass as that allows.
+    What a pass writes of the index stays in memory, or it would wait for the disk at every event;
+    so many users a pass as that allows.
     """
     next_row = users.offsets[:-1].copy()
     row_bytes = sum(a[:1].nbytes for a in writer.arrays.values())
-    passes = users.groups(most=max(ROWS_AT_ONCE, memory_available() // 2 // max(1, row_bytes)))
-    parts = [part for buckets in passes for part in users.parts(buckets)]
+    parts = list(users.parts(memory_available() // 2 // max(1, row_bytes)))
 
-    def put(events: Events, row: Array, day: date, buckets: Array | None) -> None:
+    def read(part: Part) -> Events:
+        return Events.read(histories, domain, part)
+
+    def put(events: Events, row: Array, part: Part) -> None:
         rows = events.put(writer, row)
         for at, (line, source) in enumerate(tokens.items()):
-            put_tokens(writer, source, rows, f"line{at}", formats[line], buckets, day)
+            put_tokens(writer, source, rows, f"line{at}", formats[line], part)
         if logged is not None:
-            put_fields(writer, logged, rows, domain, buckets, day)
+            put_fields(writer, logged, rows, domain, part)
 
     with ThreadPoolExecutor(2) as pool:
-        reading = deque(pool.submit(Events.read, histories, domain, b, d) for d, b in parts[:2])
+        ahead = deque(pool.submit(read, part) for part in parts[:2])
         writing: deque[Future[None]] = deque()
-        for at, (day, buckets) in enumerate(tqdm(parts, f"index {domain.name}", unit="part", delay=5)):
-            events = reading.popleft().result()
+        for at, part in enumerate(tqdm(parts, f"index {domain.name}", unit="part", delay=5)):
+            events = ahead.popleft().result()
             first = starts_of_runs(events.user_id)
             count = np.diff(first, append=len(events.user_id))
             place = np.searchsorted(users.user_ids, events.user_id[first])
             row = np.repeat(next_row[place] - first, count) + np.arange(len(events.user_id))
             next_row[place] += count
-            writing.append(pool.submit(put, events, row, day, buckets))
-            if at + 2 < len(parts):
-                day, buckets = parts[at + 2]
-                reading.append(pool.submit(Events.read, histories, domain, buckets, day))
+            writing.append(pool.submit(put, events, row, part))
+            ahead.extend(pool.submit(read, later) for later in parts[at + 2 : at + 3])
             if len(writing) > 1:
                 writing.popleft().result()
         for left in writing:
@@ -258,12 +258,10 @@ class Events:
     """What the index holds of them, by array."""
 
     @classmethod
-    def read(
-        cls, source: Source, domain: Domain, buckets: Array | None, day: date | None = None
-    ) -> Events:
-        """Those of some buckets, of a day (None: of all days)."""
+    def read(cls, source: Source, domain: Domain, part: Part) -> Events:
+        """Those of a part."""
         columns = [c for c in source.table.schema.names if c != "event_date"]
-        rows = source.rows(columns, buckets, day)
+        rows = source.rows(columns, part)
         found = {"event_time_us": times_us(rows, "event_time")}
         for name in ("instance_id", "item_id", "request_id"):
             found[name] = _ints(rows, name)
@@ -307,11 +305,10 @@ def put_tokens(
     rows: Rows,
     line: str,
     form: TokenFormat,
-    buckets: Array | None,
-    day: date | None = None,
+    part: Part,
 ) -> None:
     """Write the tokens of one line beside events just written; those without one stay empty."""
-    found = source.rows(["instance_id", "available_time", "token"], buckets, day)
+    found = source.rows(["instance_id", "available_time", "token"], part)
     row, is_here = rows.find(_ints(found, "instance_id"))
     sorted_row = np.sort(row)
     if (sorted_row[1:] == sorted_row[:-1]).any():
@@ -331,12 +328,11 @@ def put_fields(
     source: Source,
     rows: Rows,
     domain: Domain,
-    buckets: Array | None,
-    day: date | None = None,
+    part: Part,
 ) -> None:
     """Write model-ready features beside events just written; every one must have them."""
     layout = FeatureLayout.of(domain)
-    found = source.rows(["instance_id", *layout.columns], buckets, day)
+    found = source.rows(["instance_id", *layout.columns], part)
     row, is_here = rows.find(_ints(found, "instance_id"))
     num_found = len(np.unique(row))
     if num_found != len(rows.row):

@@ -188,8 +188,8 @@ class _Extension:
         numbers = np.array([as_number(day) for day in days])
         going_us = [(first * DAY_US, last * DAY_US) for first, last in runs(numbers)]
         buckets_before = np.unique(held.bucket[held.newest_us >= going_us[0][0]])
-        for buckets in users.groups(buckets_before):
-            events = Events.read(histories, domain, buckets)
+        for part in users.groups(buckets_before):
+            events = Events.read(histories, domain, part)
             for name in names:
                 writer.grow(name, num_rows)
             time_us, instance_id = (writer.arrays[x] for x in ("event_time_us", "instance_id"))
@@ -203,16 +203,18 @@ class _Extension:
             )  # fmt: skip
             if not np.isin(new.time_us // DAY_US, numbers).all():
                 raise NotExtendableError("an event is of another day than its time says")
-            growth = grown(held, num_rows, time_us, instance_id, is_gone, new, going_us, buckets)
+            growth = grown(
+                held, num_rows, time_us, instance_id, is_gone, new, going_us, part.buckets
+            )
             self._write(writer, names, growth)
             rows = events.put(writer, growth.new_to)
             for line, spec in meta.lines.items():
                 writer.put(f"{spec.folder}/token", growth.new_to, 0)
                 writer.put(f"{spec.folder}/available_us", growth.new_to, NEVER_US)
                 form = TokenFormat(spec.codec, spec.width)
-                put_tokens(writer, tokens[line], rows, spec.folder, form, buckets)
+                put_tokens(writer, tokens[line], rows, spec.folder, form, part)
             if logged is not None:
-                put_fields(writer, logged, rows, domain, buckets)
+                put_fields(writer, logged, rows, domain, part)
             held, num_rows = growth.segments, growth.num_rows
         return held, num_rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import math
 import os
 from collections import defaultdict
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -61,6 +62,15 @@ class Snapshot:
         return {name: str(opened.metadata().id) for name, opened in self.opened.items()}
 
 
+class Part(NamedTuple):
+    """Which of a table's rows are read together; None: all."""
+
+    buckets: Array | None = None
+    day: date | None = None
+    users: tuple[int, int] | None = None
+    """Smallest and largest user_id."""
+
+
 @dataclass(frozen=True)
 class Source:
     """Some rows of one table at one version."""
@@ -74,11 +84,12 @@ class Source:
         """Record batches in an order that is the same each time."""
         return self._scan(self.files, columns, self.kept).to_batches()
 
-    def rows(
-        self, columns: list[str], buckets: Array | None = None, day: date | None = None
-    ) -> pa.Table:
-        """Of some buckets (None: all) of one day (None: of all days)."""
-        kept = self.kept
+    def rows(self, columns: list[str], part: Part) -> pa.Table:
+        """Those of a part."""
+        kept, buckets, day = self.kept, part.buckets, part.day
+        if part.users is not None:
+            user, (first, last) = ds.field("user_id"), part.users
+            kept &= (user >= first) & (user <= last)
         if buckets is not None:
             kept &= ds.field("user_bucket").isin(pa.array(buckets))
         files = self.files if day is None else self.files_of(day)
@@ -138,7 +149,7 @@ class Users:
         found, day_counts = np.zeros((3, 0), np.int64), {}
         runs: list[Array] = []
         for day in source.days_there:
-            rows = source.rows(["user_id", "user_bucket"], day=day)
+            rows = source.rows(["user_id", "user_bucket"], Part(day=day))
             user, bucket = (np.asarray(rows.column(n)) for n in ("user_id", "user_bucket"))
             if not len(user):
                 continue
@@ -177,32 +188,35 @@ class Users:
                 "write it again"
             )
 
-    def groups(self, more: Array | None = None, most: int | None = None) -> list[Array]:
-        """Buckets, theirs and more, in groups of at most about `most` (None: ROWS_AT_ONCE) events.
-        """
-        buckets = np.union1d(self.bucket, self.bucket if more is None else more)
+    def groups(self, more: Array) -> list[Part]:
+        """Buckets, theirs and more, in groups of at most about ROWS_AT_ONCE events of all days."""
+        buckets = np.union1d(self.bucket, more)
         per_bucket = np.bincount(
             np.searchsorted(buckets, self.bucket), np.diff(self.offsets), minlength=len(buckets)
         )
-        return _groups(buckets, per_bucket, most or ROWS_AT_ONCE)
+        return [Part(group) for group in _groups(buckets, per_bucket)]
 
-    def parts(self, buckets: Array) -> Iterator[tuple[date, Array | None]]:
-        """Days, ascending, and buckets of theirs (None: all that there are), in parts of at most
-        about ROWS_AT_ONCE events."""
-        for day, counts in self.day_counts.items():
-            there = np.intersect1d(buckets, np.flatnonzero(counts))
-            if counts[there].sum() == counts.sum() <= ROWS_AT_ONCE:
-                yield day, None
-                continue
-            for group in _groups(there, counts[there], ROWS_AT_ONCE):
-                yield day, group
+    def parts(self, most: int) -> Iterator[Part]:
+        """Passes over all days, ascending, by users who follow one another and have about `most`
+        events; a day in parts of at most about ROWS_AT_ONCE events."""
+        num = -(-int(self.offsets[-1]) // max(1, most))
+        cuts = np.searchsorted(self.offsets, np.linspace(0, self.offsets[-1], num + 1))
+        for first, end in itertools.pairwise(np.unique(cuts).tolist()):
+            users = (int(self.user_ids[first]), int(self.user_ids[end - 1])) if num > 1 else None
+            for day, counts in self.day_counts.items():
+                if counts.sum() <= ROWS_AT_ONCE:
+                    yield Part(day=day, users=users)
+                    continue
+                there = np.flatnonzero(counts)
+                for buckets in _groups(there, counts[there]):
+                    yield Part(buckets, day, users)
 
 
-def _groups(buckets: Array, num_rows: Array, most: int) -> list[Array]:
-    """Buckets in groups of at most `most` rows, or of one bucket."""
+def _groups(buckets: Array, num_rows: Array) -> list[Array]:
+    """Buckets in groups of at most ROWS_AT_ONCE rows, or of one bucket."""
     found, total = [0] * min(1, len(buckets)), 0
     for at, num in enumerate(num_rows):
-        if total and total + num > most:
+        if total and total + num > ROWS_AT_ONCE:
             found.append(at)
             total = 0
         total += num

@@ -34,10 +34,8 @@ from downstream.index_arrays import (
     load_segments,
     user_major_order,
 )
-from downstream import windows
 from downstream.segments import Segments, SegmentTensors
 from downstream.token_store import HistoryRow, ItemRow, ItemTokens, Tokens
-from downstream.windows import Windows
 from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.errors import InputError
@@ -241,8 +239,7 @@ class IndexStore:
         }
         self.side = [*index.meta.side, *(f"label_{name}" for name in index.meta.labels)]
         self._fields: tuple[Tensor, Tensor] | None = None
-        self.kernels = _kernels(self.device, index)
-        self.has_windows = self.device.type == "cpu" and index.num_rows > 0
+        self.kernels, self.windows = _compiled(self.device, index)
         held = index.line(line) if line is not None else LineArrays.none(index.num_rows)
         self._bind(held.token, held.available_us, held.items)
 
@@ -279,10 +276,9 @@ class IndexStore:
         return other
 
     def plain(self) -> IndexStore:
-        """The same store without kernels and windows: what theirs must equal bit for bit, and
-        slower."""
+        """The same store with nothing compiled: what that must equal bit for bit, and slower."""
         other = copy.copy(self)
-        other.kernels, other.has_windows = None, False
+        other.kernels = other.windows = None
         return other
 
     def __len__(self) -> int:
@@ -306,8 +302,10 @@ class IndexStore:
             return self.kernels.positions(
                 self.users, times_N, user_ids.contiguous(), as_of_us.contiguous()
             )
-        if self.has_windows:
-            return windows.positions(self.users, times_N, user_ids, as_of_us)
+        if self.windows:
+            return self.windows.positions(
+                self.users, times_N, user_ids.contiguous(), as_of_us.contiguous()
+            )
         user_B, is_known_B = self.users.find(user_ids)
         num_B = self.users.count_before(times_N, user_B, as_of_us)
         return torch.where(is_known_B, user_B, -1), torch.where(is_known_B, num_B, 0)
@@ -324,9 +322,14 @@ class IndexStore:
         as_of_B = as_of_us.to(self.device).contiguous()
         if out is not None:
             self._check_out(out, len(user_B), length)
-        if self.has_windows and 0 < length <= self.num_rows:
-            return self._copied(user_B, num_B, as_of_B, length, out)
-        return self._gathered(user_B, num_B, as_of_B, length)
+        if not self.windows:
+            return self._gathered(user_B, num_B, as_of_B, length)
+        found, columns = out or self._empty(len(user_B), length), self.columns
+        self.windows.newest(
+            self.users, columns["event_time_us"], user_B, num_B, as_of_B, self.token_ND,
+            self.available_us_N, {n: (columns[n], self._known_us(n)) for n in self.side}, found,
+        )  # fmt: skip
+        return found
 
     def _gathered(self, user_B: Tensor, num_B: Tensor, as_of_B: Tensor, length: int) -> Tokens:
         """Each row by itself."""
@@ -348,41 +351,6 @@ class IndexStore:
             row_BL=row_BL,
         )
 
-    def _copied(
-        self, user_B: Tensor, num_B: Tensor, as_of_B: Tensor, length: int, out: Tokens | None
-    ) -> Tokens:
-        """The same, each sequence in one piece (`windows`)."""
-        found = out or self._empty(len(user_B), length)
-        columns, user_B = self.columns, user_B.clamp(min=0)
-
-        def copy_part(part: slice) -> None:
-            row_BL, mask_BL, gap_s_BL = found.row_BL[part], found.mask_BL[part], found.gap_s_BL[part]
-            moment_B1 = as_of_B[part, None]
-            window = Windows.of(self.users, user_B[part], num_B[part], length, row_BL)
-            window.mask(mask_BL)
-            us_BL = window.take(columns["event_time_us"], torch.empty_like(row_BL))
-            gap_us_BL = window.cleared(torch.sub(moment_B1, us_BL, out=us_BL))
-            gap_s_BL.copy_(gap_us_BL.double().div_(1e6))
-            us_BL = window.take(self.available_us_N, us_BL)
-            token_mask_BL = torch.lt(us_BL, moment_B1, out=found.token_mask_BL[part])
-            token_mask_BL.logical_and_(mask_BL)
-            token_BLD = window.take(self.token_ND, found.token_BLD[part])
-            windows.clear_rows(token_BLD, token_mask_BL)
-            for name, column_BL in found.side.items():
-                side_BL, column_N = column_BL[part], columns[name]
-                if name.startswith("label_"):
-                    known_N = columns["label_time_us_" + name.removeprefix("label_")]
-                    label_BL = window.take(column_N, column_N.new_empty(row_BL.shape))
-                    is_known_BL = window.take(known_N, us_BL) < moment_B1
-                    # -1, unknown for good, becomes 0.
-                    side_BL.copy_(label_BL.add_(1).mul_(is_known_BL))
-                else:
-                    window.take(column_N, side_BL)
-                window.cleared(side_BL)
-
-        windows.each_part(copy_part, windows.parts(len(user_B), length))
-        return found
-
     def _check_out(self, out: Tokens, num: int, length: int) -> None:
         shape, names = tuple(out.token_BLD.shape), [*out.side]
         wanted = (num, length, self.width)
@@ -395,7 +363,9 @@ class IndexStore:
 
     def _empty(self, num: int, length: int) -> Tokens:
         def of(dtype: torch.dtype, *more: int) -> Tensor:
-            return windows.empty((num, length, *more), dtype)
+            # NumPy asks for huge pages, which come several times faster.
+            like = torch.empty(0, dtype=dtype).numpy().dtype
+            return torch.from_numpy(np.empty((num, length, *more), like))
 
         return Tokens(
             token_BLD=of(self.token_ND.dtype, self.width),
@@ -435,9 +405,7 @@ class IndexStore:
 
     def side_at(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> Tensor:
         """One of `side` at rows of `newest`, [B, L] int32; a label not known by as_of is 0."""
-        time_us_N = None
-        if name.startswith("label_"):
-            time_us_N = self.columns["label_time_us_" + name.removeprefix("label_")]
+        time_us_N = self._known_us(name)
         if self.kernels:
             return self.kernels.side_at(self.columns[name], time_us_N, row_BL, mask_BL, as_of_B)
         value_BL = self._take(self.columns[name], row_BL).int()
@@ -445,6 +413,12 @@ class IndexStore:
             is_known_BL = (value_BL >= 0) & (self._take(time_us_N, row_BL) < as_of_B[:, None])
             return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
         return torch.where(mask_BL, value_BL, 0)
+
+    def _known_us(self, name: str) -> Tensor | None:
+        """[N] When each value of a label became known; None: the column is no label."""
+        if not name.startswith("label_"):
+            return None
+        return self.columns["label_time_us_" + name.removeprefix("label_")]
 
     def fetch_items(self, item_ids: Tensor, as_of_us: Tensor) -> ItemTokens:
         """See TokenStore.fetch_items."""
@@ -514,10 +488,17 @@ class IndexStore:
         return flat.view(*row.shape, *column_N.shape[1:])
 
 
-def _kernels(device: torch.device, index: UserIndex) -> ModuleType | None:
-    """A fetch's parts in a launch each, on a CUDA device that has anything to fetch."""
-    if device.type != "cuda" or not index.num_rows:
-        return None
-    from downstream import gather
+def _compiled(
+    device: torch.device, index: UserIndex
+) -> tuple[ModuleType | None, ModuleType | None]:
+    """What is compiled of a fetch, for a CUDA device and for the CPU, where there is anything to
+    fetch."""
+    if not index.num_rows:
+        return None, None
+    if device.type == "cuda":
+        from downstream import gather
 
-    return gather
+        return gather, None
+    from downstream import windows
+
+    return None, windows

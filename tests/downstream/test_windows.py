@@ -21,8 +21,8 @@ WIDTHS = st.sampled_from([0, 1, 4])
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few requests are several parts."""
-    monkeypatch.setattr(windows, "CACHED", 24)
-    monkeypatch.setattr(windows, "SEARCHED", 3)
+    monkeypatch.setattr(windows, "STEPS", 24)
+    monkeypatch.setattr(windows, "QUERIES", 3)
 
 
 def store_of(log: Log, width: int) -> IndexStore:
@@ -84,7 +84,7 @@ def test_a_fetch_in_pieces_is_a_fetch_row_by_row(
     assert_same(found_tokens, expected_tokens)
     other = store.fetch(user.flip(0), moment.flip(0), length, out=found_tokens)
     assert_same(other, store.plain().fetch(user.flip(0), moment.flip(0), length))
-    if length <= store.num_rows:
+    if store.num_rows:
         assert other.token_BLD.data_ptr() == found_tokens.token_BLD.data_ptr()
 
 
