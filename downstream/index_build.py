@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +117,10 @@ def _write(
         formats[line] = of_line(found.opened, found.table.name, line, found.batches(["token"]))
     real = asked & ~ds.field("is_sampled")
     logged = snapshot.source(tables.user_order(domain), days, real) if fields else None
-    users = Users.read(histories)
-    for source in tokens.values():
-        users.check_buckets(Users.read(source), source.table.name)
+    with ThreadPoolExecutor(2) as pool:
+        users, *others = pool.map(Users.read, [histories, *tokens.values()])
+    for source, of_tokens in zip(tokens.values(), others, strict=True):
+        users.check_buckets(of_tokens, source.table.name)
     writer = Writer(folder)
     num_rows = int(users.offsets[-1])
     _allocate(writer, domain, users, formats, fields)
@@ -239,13 +241,23 @@ class Rows:
     instance_id: Array
     row: Array
 
-    def find(self, instance_id: Array) -> tuple[Array, Array | None]:
-        """The rows of those instances that are here, and which those are (None: all)."""
-        if np.array_equal(instance_id, self.instance_id):  # the tables have the same order
-            return self.row, None
-        found = pc.index_in(pa.array(instance_id), value_set=pa.array(self.instance_id))
-        is_here = np.asarray(found.is_valid())
-        return self.row[found.drop_null().to_numpy()], is_here
+    def find(self, instance_id: Array, expected: int = 0) -> tuple[Array, Array]:
+        """(place, is_here): which of the events those instances are, of those that are any; they
+        are looked for only where they don't follow one another from `expected` on."""
+        place = np.arange(expected, expected + len(instance_id))
+        if np.array_equal(instance_id, self.instance_id[expected : expected + len(instance_id)]):
+            return place, np.ones(len(instance_id), bool)
+        order, sorted_id = self._by_id
+        if not len(order):
+            return order, np.zeros(len(instance_id), bool)
+        at = np.searchsorted(sorted_id, instance_id).clip(max=len(order) - 1)
+        is_here = sorted_id[at] == instance_id
+        return order[at[is_here]], is_here
+
+    @cached_property
+    def _by_id(self) -> tuple[Array, Array]:
+        order = np.argsort(self.instance_id)
+        return order, self.instance_id[order]
 
 
 @dataclass(frozen=True)
@@ -308,19 +320,27 @@ def put_tokens(
     part: Part,
 ) -> None:
     """Write the tokens of one line beside events just written; those without one stay empty."""
-    found = source.rows(["instance_id", "available_time", "token"], part)
-    row, is_here = rows.find(_ints(found, "instance_id"))
-    sorted_row = np.sort(row)
-    if (sorted_row[1:] == sorted_row[:-1]).any():
-        raise InputError(f"{source.table.name} holds two tokens of one instance; write it again")
-    if is_here is not None and not is_here.all():
-        log.warning("%s: %d tokens have no history row", source.table.name, (~is_here).sum())
-        found = found.filter(pa.array(is_here))
-    at = 0
-    for chunk in found.column("token").chunks:  # as they are in memory: together, they are copied
-        writer.put(f"{line}/token", row[at : at + len(chunk)], decode(chunk, form))
-        at += len(chunk)
-    writer.put(f"{line}/available_us", row, times_us(found, "available_time"))
+    columns = ["instance_id", "available_time", "token"]
+    at = num_tokens = num_lost = 0
+    has_token = np.zeros(len(rows.row), bool)
+    for batch in source.batches(columns, part):
+        place, is_here = rows.find(batch.column("instance_id").to_numpy(), at)
+        num_tokens += len(place)
+        has_token[place] = True
+        if np.count_nonzero(has_token) != num_tokens:
+            raise InputError(
+                f"{source.table.name} holds two tokens of one instance; write it again"
+            )
+        token = decode(batch.column("token"), form)
+        available_us = times_us(pa.Table.from_batches([batch]), "available_time")
+        if not is_here.all():
+            num_lost += int((~is_here).sum())
+            token, available_us = token[is_here], available_us[is_here]
+        writer.put(f"{line}/token", rows.row[place], token)
+        writer.put(f"{line}/available_us", rows.row[place], available_us)
+        at += len(batch)
+    if num_lost:
+        log.warning("%s: %d tokens have no history row", source.table.name, num_lost)
 
 
 def put_fields(
@@ -333,18 +353,18 @@ def put_fields(
     """Write model-ready features beside events just written; every one must have them."""
     layout = FeatureLayout.of(domain)
     found = source.rows(["instance_id", *layout.columns], part)
-    row, is_here = rows.find(_ints(found, "instance_id"))
-    num_found = len(np.unique(row))
+    place, is_here = rows.find(_ints(found, "instance_id"))
+    has_fields = np.zeros(len(rows.row), bool)
+    has_fields[place] = True
+    num_found = np.count_nonzero(has_fields)
     if num_found != len(rows.row):
         raise InputError(
             f"{source.table.name} has features of {num_found} of {len(rows.row)} events "
             "of the histories; build the streams of all days again"
         )
-    made = arrays(found, layout)
-    if is_here is not None:
-        made = made.take(np.flatnonzero(is_here))
-    writer.put("ids", row, made.ids)
-    writer.put("numbers", row, made.numbers)
+    made = arrays(found, layout).take(np.flatnonzero(is_here))
+    writer.put("ids", rows.row[place], made.ids)
+    writer.put("numbers", rows.row[place], made.numbers)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,9 @@ class Part(NamedTuple):
     """Smallest and largest user_id."""
 
 
+ALL = Part()
+
+
 @dataclass(frozen=True)
 class Source:
     """Some rows of one table at one version."""
@@ -80,20 +83,13 @@ class Source:
     days: delta.AskedDays
     kept: ds.Expression
 
-    def batches(self, columns: list[str]) -> Any:
-        """Record batches in an order that is the same each time."""
-        return self._scan(self.files, columns, self.kept).to_batches()
+    def batches(self, columns: list[str], part: Part = ALL) -> Any:
+        """Record batches of a part in an order that is the same each time."""
+        return self._scan(columns, part).to_batches()
 
     def rows(self, columns: list[str], part: Part) -> pa.Table:
-        """Those of a part."""
-        kept, buckets, day = self.kept, part.buckets, part.day
-        if part.users is not None:
-            user, (first, last) = ds.field("user_id"), part.users
-            kept &= (user >= first) & (user <= last)
-        if buckets is not None:
-            kept &= ds.field("user_bucket").isin(pa.array(buckets))
-        files = self.files if day is None else self.files_of(day)
-        return self._scan(files, columns, kept).to_table()
+        """Those of a part at once."""
+        return self._scan(columns, part).to_table()
 
     @cached_property
     def files(self) -> ds.FileSystemDataset:
@@ -119,13 +115,17 @@ class Source:
             found[date.fromisoformat(str(keys["event_date"]))].append(fragment)
         return found
 
-    def _scan(
-        self, files: ds.FileSystemDataset, columns: list[str], kept: ds.Expression
-    ) -> ds.Scanner:
+    def _scan(self, columns: list[str], part: Part) -> ds.Scanner:
+        kept, user = self.kept, ds.field("user_id")
+        if part.users is not None:
+            kept &= (user >= part.users[0]) & (user <= part.users[1])
+        if part.buckets is not None:
+            kept &= ds.field("user_bucket").isin(pa.array(part.buckets))
         values = self._projections.get(tuple(columns))
         if values is None:
             values = delta.projection(self.opened, self.table, columns)
             self._projections[tuple(columns)] = values
+        files = self.files if part.day is None else self.files_of(part.day)
         return files.scanner(columns=values, filter=kept)
 
     @cached_property
