@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -58,17 +57,6 @@ class RankerTensors:
     side_NF: Tensor
     field_ids_NS: Tensor | None
     field_numbers_NN: Tensor | None
-
-
-class _Past(NamedTuple):
-    """The newest events before requests; tokens where they are read."""
-
-    row_RL: Tensor
-    """0 at padding."""
-    mask_RL: Tensor
-    gap_s_RL: Tensor
-    token_RLD: Tensor | None = None
-    token_mask_RL: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,18 +287,20 @@ class RankerData:
     def _history(self, request_R: Tensor, config: RankerConfig) -> HistorySequence:
         t, store = self.tensors, self.store
         as_of_R = t.as_of_G[request_R]
-        past = self._past(request_R, as_of_R, config)
-        row_RL, mask_RL = past.row_RL, past.mask_RL
         labels = [name for name in store.side if name.startswith("label_")]
+        has_tokens = config.branch == "tokens"
+        past = store.past(
+            t.user_place_G[request_R], t.num_past_G[request_R], as_of_R, config.history_length,
+            side=labels, has_tokens=has_tokens, dtype=torch.float32,
+        )  # fmt: skip
+        row_RL, mask_RL = past.row_BL.clamp(min=0), past.mask_BL
         sequence = HistorySequence(
             ids_RLF=t.side_NF[row_RL],
-            gap_s_RL=past.gap_s_RL,
-            label_RLK=torch.stack(
-                [store.side_at(name, row_RL, mask_RL, as_of_R) for name in labels], dim=-1
-            ),
+            gap_s_RL=past.gap_s_BL,
+            label_RLK=torch.stack([past.side[name] for name in labels], dim=-1),
             mask_RL=mask_RL,
-            token_RLD=past.token_RLD,
-            token_mask_RL=past.token_mask_RL,
+            token_RLD=past.token_BLD if has_tokens else None,
+            token_mask_RL=past.token_mask_BL if has_tokens else None,
         )
         if config.branch == "fields":
             ids_NS, numbers_NN = t.field_ids_NS, t.field_numbers_NN
@@ -324,26 +314,6 @@ class RankerData:
                 field_mask_RL=is_there_RL,
             )
         return sequence
-
-    def _past(self, request_R: Tensor, as_of_R: Tensor, config: RankerConfig) -> _Past:
-        t, store, length = self.tensors, self.store, config.history_length
-        user_R, num_R = t.user_place_G[request_R], t.num_past_G[request_R]
-        has_tokens = config.branch == "tokens"
-        if store.device.type == "cuda" and store.kernels:
-            row_RL, mask_RL, gap_s_RL, token_RLD, token_mask_RL = store.kernels.newest(
-                store.users, store.columns["event_time_us"], user_R, num_R, as_of_R,
-                store.token_ND if has_tokens else store.token_ND[:, :0], store.available_us_N,
-                length, torch.float32,
-            )  # fmt: skip
-            tokens = (token_RLD, token_mask_RL) if has_tokens else (None, None)
-            return _Past(row_RL.clamp(min=0), mask_RL, gap_s_RL, *tokens)
-        place_RL, mask_RL = store.newest(user_R, num_R, length)
-        row_RL = place_RL.clamp(min=0)
-        gap_s_RL = store.gap_s_at(row_RL, mask_RL, as_of_R)
-        if not has_tokens:
-            return _Past(row_RL, mask_RL, gap_s_RL)
-        token_RLD, token_mask_RL = store.tokens_at(row_RL, mask_RL, as_of_R)
-        return _Past(row_RL, mask_RL, gap_s_RL, token_RLD.float(), token_mask_RL)
 
     def _published(self, row_RL: Tensor, mask_RL: Tensor, as_of_R: Tensor) -> Tensor:
         """Where an event's token could have been read by then: [R, L]."""

@@ -318,38 +318,53 @@ class IndexStore:
         `out`: what an earlier fetch of this store gave, which may be written over: on the CPU, new
         memory costs more time than what comes into it. ValueError where that was another shape.
         """
-        user_B, num_B = self.positions(user_ids, as_of_us)
-        as_of_B = as_of_us.to(self.device).contiguous()
         if out is not None:
-            self._check_out(out, len(user_B), length)
-        if not self.windows:
-            return self._gathered(user_B, num_B, as_of_B, length)
-        found, columns = out or self._empty(len(user_B), length), self.columns
-        self.windows.newest(
-            self.users, columns["event_time_us"], user_B, num_B, as_of_B, self.token_ND,
-            self.available_us_N, {n: (columns[n], self._known_us(n)) for n in self.side}, found,
-        )  # fmt: skip
-        return found
+            self._check_out(out, len(user_ids), length)
+        user_B, num_B = self.positions(user_ids, as_of_us)
+        return self.past(user_B, num_B, as_of_us.to(self.device), length, out=out)
 
-    def _gathered(self, user_B: Tensor, num_B: Tensor, as_of_B: Tensor, length: int) -> Tokens:
-        """Each row by itself."""
+    def past(
+        self,
+        user_B: Tensor,
+        num_B: Tensor,
+        as_of_B: Tensor,
+        length: int,
+        *,
+        side: Sequence[str] | None = None,
+        has_tokens: bool = True,
+        dtype: torch.dtype | None = None,
+        out: Tokens | None = None,
+    ) -> Tokens:
+        """What `fetch` gives, of places and numbers from `positions`.
+
+        Args:
+            side: the side columns that are needed; None: all.
+            has_tokens: False: they get width 0.
+            dtype: of the tokens; None: as stored.
+            out: as `fetch` has it; it holds what is needed.
+        """
+        names, token_ND = self.side if side is None else side, self.token_ND
+        token_ND, columns = token_ND if has_tokens else token_ND[:, :0], self.columns
+        as_of_B, times_N = as_of_B.contiguous(), columns["event_time_us"]
+        if self.windows:
+            found = out or _empty(len(user_B), length, token_ND, names)
+            self.windows.newest(
+                self.users, times_N, user_B, num_B, as_of_B, token_ND, self.available_us_N,
+                {name: (columns[name], self._known_us(name)) for name in names}, found,
+            )  # fmt: skip
+            return found if dtype is None else found._replace(token_BLD=found.token_BLD.to(dtype))
         if self.kernels:
             row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL = self.kernels.newest(
-                self.users, self.columns["event_time_us"], user_B, num_B, as_of_B, self.token_ND,
-                self.available_us_N, length,
+                self.users, times_N, user_B, num_B, as_of_B, token_ND, self.available_us_N, length,
+                dtype,
             )  # fmt: skip
         else:
             row_BL, mask_BL = self.newest(user_B, num_B, length)
             gap_s_BL = self.gap_s_at(row_BL, mask_BL, as_of_B)
             token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
-        return Tokens(
-            token_BLD=token_BLD,
-            mask_BL=mask_BL,
-            token_mask_BL=token_mask_BL,
-            gap_s_BL=gap_s_BL,
-            side={name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in self.side},
-            row_BL=row_BL,
-        )
+            token_BLD = token_BLD[..., : token_ND.shape[1]].to(dtype or token_BLD.dtype)
+        side_of = {name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in names}
+        return Tokens(token_BLD, mask_BL, token_mask_BL, gap_s_BL, side_of, row_BL)
 
     def _check_out(self, out: Tokens, num: int, length: int) -> None:
         shape, names = tuple(out.token_BLD.shape), [*out.side]
@@ -360,21 +375,6 @@ class IndexStore:
                 f"{self.token_ND.dtype} and side {self.side}; got {list(shape)} of "
                 f"{out.token_BLD.dtype} and {names}"
             )
-
-    def _empty(self, num: int, length: int) -> Tokens:
-        def of(dtype: torch.dtype, *more: int) -> Tensor:
-            # NumPy asks for huge pages, which come several times faster.
-            like = torch.empty(0, dtype=dtype).numpy().dtype
-            return torch.from_numpy(np.empty((num, length, *more), like))
-
-        return Tokens(
-            token_BLD=of(self.token_ND.dtype, self.width),
-            mask_BL=of(torch.bool),
-            token_mask_BL=of(torch.bool),
-            gap_s_BL=of(torch.float32),
-            side={name: of(torch.int32) for name in self.side},
-            row_BL=of(torch.int64),
-        )
 
     def newest(self, user_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """(row_BL, mask_BL): the rows of the last of each user's first `num` events, left-padded
@@ -486,6 +486,24 @@ class IndexStore:
             return column_N.new_zeros(*row.shape, *column_N.shape[1:])
         flat = column_N.index_select(0, row.clamp(min=0).flatten())
         return flat.view(*row.shape, *column_N.shape[1:])
+
+
+def _empty(num: int, length: int, token_ND: Tensor, side: Iterable[str]) -> Tokens:
+    """Memory for a fetch on the CPU."""
+
+    def of(dtype: torch.dtype, *more: int) -> Tensor:
+        # NumPy asks for huge pages, which come several times faster.
+        like = torch.empty(0, dtype=dtype).numpy().dtype
+        return torch.from_numpy(np.empty((num, length, *more), like))
+
+    return Tokens(
+        token_BLD=of(token_ND.dtype, token_ND.shape[1]),
+        mask_BL=of(torch.bool),
+        token_mask_BL=of(torch.bool),
+        gap_s_BL=of(torch.float32),
+        side={name: of(torch.int32) for name in side},
+        row_BL=of(torch.int64),
+    )
 
 
 def _compiled(
