@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.configs import TrainingConfig
-from downstream.index_files import ROWS_AT_ONCE
 from jobs.spark import ROWS_PER_FILE
+from downstream.index_files import ROWS_AT_ONCE
 from pipelines.tables import NUM_BUCKETS
 
 HERE = Path(__file__).parent
@@ -28,6 +28,8 @@ TABLES = ("instances", "temporal_order", "user_order", "histories", "ranker_samp
 CHECKPOINT_COMMITS = 10
 """Delta's default: a checkpoint, which names every file of the table, after so many commits."""
 HOUR = 3600.0
+MOST_HELD = 4_000_000
+"""Events of a day's bucket that fit into any machine's memory."""
 STEP_S = 0.046
 """Of the compressor's training on an H100, as the README has it; no GPU is measured here."""
 
@@ -151,13 +153,13 @@ def index_bytes(m: Measured, plan: Plan) -> float:
 
 
 def buckets(plan: Plan) -> int:
-    """User buckets with which the index's builder sorts no more than ROWS_AT_ONCE at a time."""
-    return max(NUM_BUCKETS, math.ceil(index_events(plan) / ROWS_AT_ONCE))
+    """User buckets with which the index's builder holds no more than MOST_HELD events at a time."""
+    return max(NUM_BUCKETS, math.ceil(plan.instances / MOST_HELD))
 
 
 def index_memory(m: Measured, plan: Plan, num_buckets: int) -> float:
-    """Bytes that the index's builder holds: a group of buckets, at least one whole."""
-    at_once = max(min(index_events(plan), ROWS_AT_ONCE), index_events(plan) / num_buckets)
+    """Bytes that the index's builder holds: parts of a day, at least one bucket whole."""
+    at_once = max(min(plan.instances, ROWS_AT_ONCE), plan.instances / num_buckets)
     return m.cost("index, memory a row at once") * at_once
 
 
@@ -237,7 +239,7 @@ STOPS = (
         "fewer days, or an index for each share of the buckets",
     ),
     Stop(
-        f"one of {NUM_BUCKETS} buckets of the index sorted in memory",
+        f"one of {NUM_BUCKETS} buckets of a day, which the index's builder holds",
         "`pipelines/tables.py` NUM_BUCKETS",
         lambda m, p: index_memory(m, p, NUM_BUCKETS), MACHINE, "bytes",
         "NUM_BUCKETS as above, before the first day is built",
@@ -304,7 +306,7 @@ OTHERS = {
     "streams job, memory of Java": "`build-streams`, Spark's memory",
     "training, memory a row": "`train-compressor`, memory for an instance read",
     "tokens, memory a row": "`write-tokens`, memory for an instance read",
-    "index, memory a row at once": "index build, memory for a row of the group that it sorts",
+    "index, memory a row at once": "index build, memory for a row of the group that it sorts (as it was before)",
     "index, memory of a user and day": "index build, memory for a user's day, all days at once",
     "index, bytes of an event": "index, an event with its token",
     "index, bytes of a user": "index, a user",

@@ -39,12 +39,13 @@ def test_a_day_of_a_table() -> None:
     assert sizing_plan.files(plan) == 13
 
 
-def test_the_index_has_buckets_of_four_million_rows_and_sorts_one_at_least() -> None:
+def test_a_day_has_buckets_of_four_million_rows_and_the_index_holds_one_at_least() -> None:
     m = Measured(_rows("index, memory a row at once", {(10, 20): 100.0}))
     plan = Plan(instances=10**8, features=20, index_days=60)
-    assert sizing_plan.buckets(plan) == 1500
-    assert sizing_plan.index_memory(m, plan, 1500) == 4e8
-    assert sizing_plan.index_memory(m, plan, 16) == 100 * 6e9 / 16
+    assert sizing_plan.buckets(plan) == 25
+    assert sizing_plan.index_memory(m, plan, 25) == 4e8
+    assert sizing_plan.index_memory(m, plan, 16) == 100 * 1e8 / 16
+    assert sizing_plan.index_memory(m, plan, 1000) == 100 * 262_144
 
 
 def test_checkpoints_that_are_all_kept_grow_with_the_square_of_the_days() -> None:
