@@ -106,12 +106,12 @@ def requests(
 def measured(store: IndexStore, length: int, *, is_first: bool = False) -> Point:
     """The median of some batches after one more; or the very first one."""
     draw, took = np.random.default_rng(length), list[float]()
-    if not is_first:
-        store.fetch(*requests(store, length, draw), length)
+    # Written over by each batch, as a training loop would have it.
+    held = None if is_first else store.fetch(*requests(store, length, draw), length)
     while not took or (not is_first and (len(took) < 3 or sum(took) < SECONDS)):
         user, as_of_us = requests(store, length, draw)
         started = time.perf_counter()
-        store.fetch(user, as_of_us, length)
+        store.fetch(user, as_of_us, length, held)
         took.append(time.perf_counter() - started)
     a_second = len(user) / statistics.median(took)
     return a_second, a_second * length * 2 * WIDTH / 1e9

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.configs import TrainingConfig
-from jobs.spark import ROWS_PER_FILE
 from downstream.index_files import ROWS_AT_ONCE
+from jobs.spark import ROWS_PER_FILE
 from pipelines.tables import NUM_BUCKETS
 
 HERE = Path(__file__).parent
@@ -306,7 +306,7 @@ OTHERS = {
     "streams job, memory of Java": "`build-streams`, Spark's memory",
     "training, memory a row": "`train-compressor`, memory for an instance read",
     "tokens, memory a row": "`write-tokens`, memory for an instance read",
-    "index, memory a row at once": "index build, memory for a row of the group that it sorts (as it was before)",
+    "index, memory a row at once": "index build, memory for a row that it holds (as it was before)",
     "index, memory of a user and day": "index build, memory for a user's day, all days at once",
     "index, bytes of an event": "index, an event with its token",
     "index, bytes of a user": "index, a user",

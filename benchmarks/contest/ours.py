@@ -29,8 +29,11 @@ def ready(world: World, length: int) -> Callable[[Path], None]:
     user, as_of = (torch.from_numpy(column) for column in world.asked())
 
     def answer(out: Path) -> None:
+        held: Tokens | None = None
         for some in batches(len(user)):
-            store.fetch(user[some], as_of[some], length)
+            # A batch is written over the one before, as long as they are of one size.
+            is_whole = held is not None and len(held.row_BL) == len(user[some])
+            held = store.fetch(user[some], as_of[some], length, held if is_whole else None)
 
     return answer
 
