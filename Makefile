@@ -33,8 +33,8 @@ check: setup ## ruff, format, mypy strict, import contracts
 faults: setup ## every job killed, raced, reordered, out of disk and with wrong clocks (N=200, ARGS='--seed 7')
 	@.venv/bin/python -m tests.faults.run --num $(or $(N),20) $(ARGS)
 
-bench: setup ## what the README claims of speed, measured (ONLY=day_cost, ARGS='--json FILE')
-	@.venv/bin/python -m benchmarks.$(or $(ONLY),day_cost) $(ARGS)
+bench: setup ## what the README claims of speed, measured (ONLY=fetch runs one; ARGS='--json FILE')
+	@.venv/bin/python -m benchmarks$(addprefix .,$(ONLY)) $(ARGS)
 
 # A folder for its database and logs, a file of settings, a port.
 AIRFLOW = .venv/bin/python -m jobs.airflow

@@ -295,11 +295,14 @@ def as_table(columns: dict[str, Any], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(made, schema=schema)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 4_000_000])
+@pytest.mark.parametrize(
+    ("rows_at_once", "memory"), [(1, 2**40), (4_000_000, 2**40), (4_000_000, 2000), (5, 1)]
+)
 def test_an_index_built_from_the_lake_says_what_the_rows_say(
-    lake: str, tmp_path: Path, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+    lake: str, tmp_path: Path, rows_at_once: int, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("downstream.index_files.ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr("downstream.index_build.memory_available", lambda: memory)
     rows = random_rows()
     write_lake(lake, rows)
     index = UserIndex.build(
