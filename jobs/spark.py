@@ -224,7 +224,7 @@ class SparkTables:
         rows: DataFrame,
         days: Days,
         files_per_day: int,
-        unfold: Callable[[DataFrame], DataFrame] | None,
+        unfold: Callable[[DataFrame], DataFrame] | None = None,
     ) -> DataFrame:
         """Each day whole in one task (or `files_per_day`), sorted; no more tasks than help."""
         if unfold is None:

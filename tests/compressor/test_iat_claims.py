@@ -22,6 +22,7 @@ from downstream.data import RankerData, with_shuffled_tokens
 from downstream.index_arrays import LineArrays
 from downstream.streaming import RankerTrainer
 from downstream.streaming import fit as fit_ranker
+from downstream.token_store import Tokens
 from downstream.user_index import IndexStore
 from jobs import comparison
 from jobs.prepared import index_of, samples_of
@@ -109,8 +110,10 @@ class SameInstant(IndexStore):
     def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor]:
         return super().positions(user_ids, as_of_us + 1)
 
-    def side_at(self, name: str, row_BL: Tensor, mask_BL: Tensor, as_of_B: Tensor) -> Tensor:
-        return super().side_at(name, row_BL, mask_BL, as_of_B + 1)
+    def past(
+        self, user_B: Tensor, num_B: Tensor, as_of_B: Tensor, length: int, **wanted: Any
+    ) -> Tokens:
+        return super().past(user_B, num_B, as_of_B + 1, length, **wanted)
 
 
 def test_training_a_ranker_leaves_every_byte_of_the_tokens() -> None:
