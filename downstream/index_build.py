@@ -1,11 +1,12 @@
-"""Lake -> user index: tables whose days are each sorted user-major, merged bucket by bucket.
+"""Lake -> user index: tables whose days are each sorted user-major, merged without sorting.
 
-A user lives in one bucket, so a group of buckets small enough for memory is read over all days,
-sorted, and written to its users' places. The folder appears whole or not at all.
+Who has how many events is counted first, so that each user's place is known. Then days are read in
+order, and each event is put behind its user's last. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
@@ -48,13 +49,17 @@ from downstream.index_files import (
 )
 from downstream.segments import Segments
 from pipelines import tables
-from pipelines.days import Days
+from pipelines.days import Days, as_number
 from pipelines.domain import Domain
 from pipelines.errors import InputError, RetryableError
 from pipelines.features import NEVER_US, FeatureLayout, arrays, times_us
 from pipelines.token_format import CODECS, TokenFormat, check, decode, of_line
 
 log = logging.getLogger(__name__)
+
+DAY_US = 86_400_000_000
+ROWS_CHECKED = 4_000_000
+"""Rows of whole users that are compared with one another at a time."""
 
 
 def build(
@@ -126,6 +131,11 @@ def _write(
     _allocate(writer, domain, users, formats, fields)
     log.info("index of %s: %d users, %d events", domain.name, len(users.user_ids), num_rows)
     _write_events(writer, domain, users, histories, tokens, formats, logged)
+    # A day's are others by now; those of two days are seen beside one another.
+    starts = np.searchsorted(users.offsets, np.arange(0, num_rows, ROWS_CHECKED))
+    bounds = np.unique([*users.offsets[starts], num_rows])
+    for first, end in itertools.pairwise(bounds):
+        refuse_twice(writer.arrays["instance_id"][first:end], histories.table.name)
     newest_us = writer.arrays["event_time_us"][users.offsets[1:] - 1]
     counts = np.diff(users.offsets)
     save_segments(folder, USERS, 0, Segments.of(users.user_ids, counts, users.bucket, newest_us))
@@ -284,9 +294,13 @@ class Events:
             found[f"label_{label.name}"] = np.asarray(value.to_numpy())
             found[f"label_time_us_{label.name}"] = times_us(rows, f"label_time_{label.name}")
         instance_id, user_id = found["instance_id"], _ints(rows, "user_id")
-        sorted_id = np.sort(instance_id)
-        if (sorted_id[1:] == sorted_id[:-1]).any():
-            raise InputError(f"{source.table.name} holds an instance_id twice; build it again")
+        refuse_twice(instance_id, source.table.name)
+        is_other = found["event_time_us"] // DAY_US != as_number(part.day) if part.day else None
+        if is_other is not None and is_other.any():
+            raise InputError(
+                f"{source.table.name}: {is_other.sum()} events of {part.day} have a time of another"
+                " day, and days are merged as they are; build that day again"
+            )
         events = cls(user_id, _ints(rows, "user_bucket"), found)
         return events if events._is_ordered() else events._ordered()
 
@@ -309,6 +323,13 @@ class Events:
         for name, column in self.columns.items():
             writer.put(name, row, column)
         return Rows(self.columns["instance_id"], row)
+
+
+def refuse_twice(instance_id: Array, name: str) -> None:
+    """InputError where instances are not all others."""
+    sorted_id = np.sort(instance_id)
+    if (sorted_id[1:] == sorted_id[:-1]).any():
+        raise InputError(f"{name} holds an instance_id twice; build it again")
 
 
 def put_tokens(

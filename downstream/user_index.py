@@ -296,14 +296,11 @@ class IndexStore:
     def positions(self, user_ids: Tensor, as_of_us: Tensor) -> tuple[Tensor, Tensor]:
         """(user_B, num_B): the user's place among the index's, and how many events are before
         as_of. A user not known has place -1 and no events."""
+        _check_lengths(user_ids, as_of_us)
         user_ids, as_of_us = user_ids.to(self.device), as_of_us.to(self.device)
         times_N = self.columns["event_time_us"]
-        if self.kernels:
-            return self.kernels.positions(
-                self.users, times_N, user_ids.contiguous(), as_of_us.contiguous()
-            )
-        if self.windows:
-            return self.windows.positions(
+        if compiled := self.kernels or self.windows:
+            return compiled.positions(
                 self.users, times_N, user_ids.contiguous(), as_of_us.contiguous()
             )
         user_B, is_known_B = self.users.find(user_ids)
@@ -343,6 +340,7 @@ class IndexStore:
             dtype: of the tokens; None: as stored.
             out: as `fetch` has it; it holds what is needed.
         """
+        _check_lengths(user_B, num_B, as_of_B)
         names, token_ND = self.side if side is None else side, self.token_ND
         token_ND, columns = token_ND if has_tokens else token_ND[:, :0], self.columns
         as_of_B, times_N = as_of_B.contiguous(), columns["event_time_us"]
@@ -367,14 +365,20 @@ class IndexStore:
         return Tokens(token_BLD, mask_BL, token_mask_BL, gap_s_BL, side_of, row_BL)
 
     def _check_out(self, out: Tokens, num: int, length: int) -> None:
-        shape, names = tuple(out.token_BLD.shape), [*out.side]
-        wanted = (num, length, self.width)
-        if shape != wanted or names != self.side or out.token_BLD.dtype != self.token_ND.dtype:
-            raise ValueError(
-                f"out must be what a fetch of this store gave, tokens {list(wanted)} of "
-                f"{self.token_ND.dtype} and side {self.side}; got {list(shape)} of "
-                f"{out.token_BLD.dtype} and {names}"
-            )
+        wanted = _empty(num, length, self.token_ND[:0], self.side, device="meta")
+        found, needed = _tensors(out), _tensors(wanted)
+        for name, tensor in needed.items():
+            other = found.get(name)
+            if (
+                other is None
+                or not other.is_contiguous()
+                or ((other.shape, other.dtype) != (tensor.shape, tensor.dtype))
+            ):
+                got = "nothing" if other is None else f"{list(other.shape)} of {other.dtype}"
+                raise ValueError(
+                    "out must be what a fetch of this store and of this shape gave: "
+                    f"{name} {list(tensor.shape)} of {tensor.dtype}, contiguous; got {got}"
+                )
 
     def newest(self, user_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """(row_BL, mask_BL): the rows of the last of each user's first `num` events, left-padded
@@ -488,13 +492,24 @@ class IndexStore:
         return flat.view(*row.shape, *column_N.shape[1:])
 
 
-def _empty(num: int, length: int, token_ND: Tensor, side: Iterable[str]) -> Tokens:
-    """Memory for a fetch on the CPU."""
+def _check_lengths(*asked: Tensor) -> None:
+    """Compiled code would read beyond the shorter one."""
+    shapes = [list(tensor.shape) for tensor in asked]
+    if asked[0].dim() != 1 or shapes != [shapes[0]] * len(shapes):
+        raise ValueError(f"one user and one moment a request are needed, [B] each; got {shapes}")
+
+
+def _empty(
+    num: int, length: int, token_ND: Tensor, side: Iterable[str], device: str = "cpu"
+) -> Tokens:
+    """Memory for a fetch on the CPU; on "meta": only what it would be."""
 
     def of(dtype: torch.dtype, *more: int) -> Tensor:
+        shape = (num, length, *more)
+        if device == "meta":
+            return torch.empty(shape, dtype=dtype, device=device)
         # NumPy asks for huge pages, which come several times faster.
-        like = torch.empty(0, dtype=dtype).numpy().dtype
-        return torch.from_numpy(np.empty((num, length, *more), like))
+        return torch.from_numpy(np.empty(shape, torch.empty(0, dtype=dtype).numpy().dtype))
 
     return Tokens(
         token_BLD=of(token_ND.dtype, token_ND.shape[1]),
@@ -504,6 +519,12 @@ def _empty(num: int, length: int, token_ND: Tensor, side: Iterable[str]) -> Toke
         side={name: of(torch.int32) for name in side},
         row_BL=of(torch.int64),
     )
+
+
+def _tensors(tokens: Tokens) -> dict[str, Tensor]:
+    """By name, side columns among them."""
+    found = tokens._asdict()
+    return found | found.pop("side")
 
 
 def _compiled(

@@ -23,11 +23,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from downstream.segments import PAGE, SegmentTensors
+from downstream.segments import PAGE, Array, SegmentTensors
 from downstream.token_store import Tokens
-
-Array = Any
-"""Whatever Numba compiles for."""
 
 STEPS = 65_536
 """Of sequences, that a thread handles at a time."""
@@ -93,8 +90,10 @@ def newest(
 
 
 def _arrays(held: SegmentTensors) -> tuple[Any, ...]:
+    """Where rows are. PAGE goes with them: Numba keeps what it has compiled, with the constants of
+    then, until this file changes, and PAGE stands in another."""
     tensors = (held.begin, held.built, held.first_page, held.pages)
-    return (*(x.numpy() for x in tensors), held.base)
+    return (*(x.numpy() for x in tensors), held.base, PAGE)
 
 
 def _words(tokens: Tensor) -> tuple[Array, int]:
@@ -131,8 +130,8 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of the
 
 @njit(nogil=True, cache=True)
 def _positions(
-    key_K, count_K, begin_K, built_K, first_page_K, page_G, base, time_N, query_B, moment_B, key_B,
-    num_B,
+    key_K, count_K, begin_K, built_K, first_page_K, page_G, base, page_size, time_N, query_B,
+    moment_B, key_B, num_B,
 ):  # fmt: skip
     place = 0
     for at in range(len(query_B)):
@@ -154,18 +153,18 @@ def _positions(
         if num == built and count > built:
             # All rows in one piece are before the moment: how many pages begin before it?
             first = first_page_K[place]
-            low, high = 0, (count - built + PAGE - 1) // PAGE
+            low, high = 0, (count - built + page_size - 1) // page_size
             while low < high:
                 middle = (low + high) // 2
-                if time_N[base + page_G[first + middle] * PAGE] < moment:
+                if time_N[base + page_G[first + middle] * page_size] < moment:
                     low = middle + 1
                 else:
                     high = middle
             if low:
-                row = base + page_G[first + low - 1] * PAGE
-                before = (low - 1) * PAGE
+                row = base + page_G[first + low - 1] * page_size
+                before = (low - 1) * page_size
                 num += before
-                for of in range(min(PAGE, count - built - before)):
+                for of in range(min(page_size, count - built - before)):
                     num += time_N[row + of] < moment
         num_B[at] = num
 
@@ -182,9 +181,11 @@ def _first_not_below(value_N, low, high, bound):
 
 
 @njit(nogil=True, cache=True)
-def _pieces(begin_K, built_K, first_page_K, page_G, base, key_B, num_B, length):
+def _pieces(
+    begin_K, built_K, first_page_K, page_G, base, page_size, key_B, num_B, length
+):  # fmt: skip
     """[P, 4] Request, step, row and number of rows that follow one another; row -1: padding."""
-    found = np.empty((len(key_B) * (length // PAGE + 4), 4), np.int64)
+    found = np.empty((len(key_B) * (length // page_size + 4), 4), np.int64)
     num_pieces = 0
     for at in range(len(key_B)):
         key, num = max(key_B[at], 0), num_B[at]
@@ -196,8 +197,11 @@ def _pieces(begin_K, built_K, first_page_K, page_G, base, key_B, num_B, length):
             elif beyond < 0:
                 row, size = begin_K[key] + place, -beyond
             else:
-                page = page_G[first_page_K[key] + beyond // PAGE]
-                row, size = base + page * PAGE + beyond % PAGE, PAGE - beyond % PAGE
+                page = page_G[first_page_K[key] + beyond // page_size]
+                row, size = (
+                    base + page * page_size + beyond % page_size,
+                    page_size - beyond % page_size,
+                )
             size = min(size, length - step)
             found[num_pieces] = at, step, row, size
             num_pieces += 1

@@ -399,6 +399,31 @@ def test_a_width_other_than_the_declared_one_is_refused(lake: str, tmp_path: Pat
         UserIndex.build(lake, DOMAIN, tmp_path / "index", days=None, lines=["main"])
 
 
+def test_an_event_under_another_day_than_its_time_is_refused(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Days are merged in their order: it would stand behind later events, and be read too late."""
+    rows = random_rows()
+    late = max(rows, key=lambda row: row.event_time_us)
+    right = day_of
+    monkeypatch.setitem(globals(), "day_of", lambda row: DAY if row is late else right(row))
+    write_events(lake, rows)
+    with pytest.raises(InputError, match=f"1 events of {DAY} have a time of another day"):
+        UserIndex.build(lake, DOMAIN, tmp_path / "index", days=None)
+    assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("days_apart", [0, 1])
+def test_an_instance_that_is_there_twice_is_refused(
+    lake: str, tmp_path: Path, days_apart: int
+) -> None:
+    first = random_rows()[0]
+    again = replace(first, event_time_us=to_us(midnight(DAY + timedelta(days=days_apart))))
+    write_events(lake, [replace(first, event_time_us=to_us(midnight(DAY))), again])
+    with pytest.raises(InputError, match="an instance_id twice"):
+        UserIndex.build(lake, DOMAIN, tmp_path / "index", days=None)
+
+
 def test_fields_of_other_days_than_the_histories_are_refused(lake: str, tmp_path: Path) -> None:
     write_lake(lake, random_rows())
     stream = tables.user_order(DOMAIN)

@@ -92,10 +92,27 @@ def test_memory_of_another_shape_is_refused() -> None:
     store = store_of(Log({0: [1, 1, 2]}, np.random.default_rng(0)), 4)
     user, moment = torch.tensor([1, 2]), torch.tensor([99, 99])
     out = store.fetch(user, moment, 2)
-    with pytest.raises(ValueError, match=r"tokens \[2, 3, 4\] .* got \[2, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"token_BLD \[2, 3, 4\] .* got \[2, 2, 4\]"):
         store.fetch(user, moment, 3, out)
-    with pytest.raises(ValueError, match=r"tokens \[1, 2, 4\]"):
+    with pytest.raises(ValueError, match=r"token_BLD \[1, 2, 4\]"):
         store.fetch(user[:1], moment[:1], 2, out)
+    for spoiled in (
+        out._replace(token_BLD=torch.zeros(2, 4, 2, dtype=torch.float16).transpose(1, 2)),
+        out._replace(gap_s_BL=out.gap_s_BL.double()),
+        out._replace(side={"f_brand": out.side["f_brand"]}),
+    ):
+        with pytest.raises(ValueError, match="out must be what a fetch of this store"):
+            store.fetch(user, moment, 2, spoiled)
+
+
+def test_users_and_moments_of_other_numbers_are_refused() -> None:
+    store = store_of(Log({0: [1, 1, 2]}, np.random.default_rng(0)), 4)
+    user, moment = torch.tensor([1, 2, 2]), torch.tensor([99, 99])
+    for asked in (store, store.plain()):
+        with pytest.raises(ValueError, match=r"one moment a request .* got \[\[3\], \[2\]\]"):
+            asked.fetch(user, moment, 2)
+        with pytest.raises(ValueError, match=r"\[\[2\], \[2\], \[1\]\]"):
+            asked.past(moment, moment, moment[:1], 2)
 
 
 @pytest.mark.parametrize("num", [0, 1])
