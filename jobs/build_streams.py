@@ -17,7 +17,7 @@ from pipelines.days import Days
 from pipelines.domain import Domain
 from pipelines.domain import load as load_domain
 from pipelines.histories import histories
-from pipelines.temporal_order import model_ready, temporal_order
+from pipelines.temporal_order import temporal_order
 from pipelines.user_order import user_order
 
 log = logging.getLogger(__name__)
@@ -83,20 +83,27 @@ def build(
 
     `gone`: users who are left out of all of them.
     """
-    instances = lake.read(tables.instances(domain), days, version=version).where(
-        forgotten.is_other(gone)
-    )
-    ready = model_ready(instances, domain)
-    wanted = (
-        (tables.temporal_order(domain), temporal_order(instances, domain)),
+    source, temporal = tables.instances(domain), tables.temporal_order(domain)
+    kept = lake.read(source, days, version=version).where(forgotten.is_other(gone))
+    ordered = temporal_order(kept, domain)
+    written = lake.replace(temporal, ordered, days, commit=commit, read_from=(source, version))
+    run.outputs[temporal.name] = written
+    # Of the stored rows: as they are, their features need no second hashing.
+    ready = lake.read(temporal, days, version=written)
+    by_user = (
         (tables.user_order(domain), user_order(ready, domain)),
         (tables.histories(domain), histories(ready, domain)),
     )
-    found: dict[str, int] = {}
-    for table, rows in wanted:
-        written = run.outputs[table.name] = lake.replace(table, rows, days, commit=commit)
-        found[table.name] = sum(delta.num_rows(lake.lake, table, days, version=written).values())
-    return found
+    for table, rows in by_user:
+        run.outputs[table.name] = lake.replace(
+            table, rows, days, commit=commit, read_from=(temporal, written)
+        )
+    return {
+        table.name: sum(
+            delta.num_rows(lake.lake, table, days, version=run.outputs[table.name]).values()
+        )
+        for table in (temporal, *(table for table, _ in by_user))
+    }
 
 
 def as_text(result: Mapping[str, Any]) -> str:

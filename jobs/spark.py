@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -47,6 +47,10 @@ MAX_TRIES = 8
 ROWS_PER_FILE = 8_000_000
 LAST_COMMIT = "spark.databricks.delta.lastCommitVersionInSession"
 """Where Delta leaves the version it wrote; a look at the table could find another writer's."""
+FILES_OF_A_TASK = ("spark.sql.files.maxPartitionBytes", "spark.sql.files.openCostInBytes")
+A_FILE = str(2**45)
+"""Bytes: as the price of opening a file and as the most of a task, that no file is cut and no two
+are one task's."""
 CONFLICTS = (
     CommitFailedError,
     conflicts.ConcurrentAppendException,
@@ -69,6 +73,8 @@ EVERYWHERE = {
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     "spark.sql.parquet.compression.codec": "zstd",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # Java compiles no method above this size, and runs a wide projection five times slower: cut it.
+    "spark.sql.codegen.hugeMethodLimit": "8000",
     # Rows sorted by user and cut this small are found an order of magnitude faster.
     "spark.hadoop.parquet.block.row.count.limit": "32768",
     # The default of 50 tasks for every look at a table's log suits tables of a million files.
@@ -163,6 +169,7 @@ class SparkTables:
         line: str | None = None,
         files_per_day: int = 1,
         unfold: Callable[[DataFrame], DataFrame] | None = None,
+        read_from: tuple[Table, int] | None = None,
     ) -> int:
         """Makes `rows` the whole content of `days` (of one line), in one commit; gives the version.
 
@@ -175,18 +182,20 @@ class SparkTables:
             unfold: makes the table's rows of `rows`, each by itself, once they lie with their day
                 and file: few rows that become many are moved before, not after. They need the
                 table's event_date and, where a day is several files, its first sort column.
+            read_from: the table and version whose rows, each by itself, `rows` are made of. Where
+                they lie as a day in a file, and days are enough for all cores, a day is read, made
+                and written by one task, and no row is moved.
         """
         path = delta.uri(self.lake, table)
-        arranged = self._arranged(table, rows, days, files_per_day, unfold)
-        writer = (
-            arranged.write.format("delta")
-            .mode("overwrite")
-            .option("replaceWhere", _predicate(days, line))
-            .option("userMetadata", json.dumps(delta.with_days(commit, days), sort_keys=True))
-            .option("maxRecordsPerFile", ROWS_PER_FILE)
-        )
 
-        def commit_once() -> int:
+        def commit_once(arranged: DataFrame) -> int:
+            writer = (
+                arranged.write.format("delta")
+                .mode("overwrite")
+                .option("replaceWhere", _predicate(days, line))
+                .option("userMetadata", json.dumps(delta.with_days(commit, days), sort_keys=True))
+                .option("maxRecordsPerFile", ROWS_PER_FILE)
+            )
             # The empty table first, so that the predicate guards the first write too.
             self._create_if_absent(table, path)
             delta.evolve(self.lake, table, commit=commit)
@@ -195,8 +204,15 @@ class SparkTables:
             return self._committed_version(path)
 
         try:
-            with task_bar(self.spark, table.name):
-                return retried(commit_once, what=f"{table.name} {days}")
+            with (
+                self._by_day(rows, days, read_from) as lie_by_day,
+                task_bar(self.spark, table.name),
+            ):
+                if lie_by_day:
+                    arranged = _in_order(table, _as_declared(table, rows))
+                else:
+                    arranged = self._arranged(table, rows, days, files_per_day, unfold)
+                return retried(lambda: commit_once(arranged), what=f"{table.name} {days}")
         except SPARK_ERRORS as error:
             raise _explained(error, table, days) from error
 
@@ -234,11 +250,32 @@ class SparkTables:
             key = F.col(_quoted(table.sort_by[0] if table.sort_by else table.schema.names[0]))
             slot = slot + F.pmod(F.xxhash64(key), F.lit(files_per_day)).cast("int")
         num_tasks = min(max(len(days), 1) * files_per_day, _most_tasks(self.spark))
-        order = map(_quoted, dict.fromkeys((*table.partition_by, *table.sort_by)))
         placed = rows.repartitionById(num_tasks, slot)
         if unfold is not None:
             placed = _as_declared(table, unfold(placed))
-        return placed.sortWithinPartitions(*order)
+        return _in_order(table, placed)
+
+    @contextlib.contextmanager
+    def _by_day(
+        self, rows: DataFrame, days: Days, read_from: tuple[Table, int] | None
+    ) -> Iterator[bool]:
+        """Whether each task reads one whole day of the rows, which it does while this lasts."""
+        files = []
+        if read_from is not None:
+            table, version = read_from
+            files = [*delta.rows_of_files(self.lake, table, days, version=version).values()]
+        is_enough = len(files) >= self.spark.sparkContext.defaultParallelism
+        if not is_enough or any(len(of_day) > 1 for of_day in files):
+            yield False
+            return
+        before = {name: self.spark.conf.get(name) for name in FILES_OF_A_TASK}
+        try:
+            for name in before:
+                self.spark.conf.set(name, A_FILE)
+            yield rows.rdd.getNumPartitions() == len(files)
+        finally:
+            for name, value in before.items():
+                self.spark.conf.set(name, value)
 
 
 def retried(attempt: Callable[[], Written], *, what: str, pause_s: float = 0.1) -> Written:
@@ -368,6 +405,12 @@ def _check_stored_schema(table: Table, stored: StructType) -> None:
         f"of another type: {other or 'none'}): has its domain file changed? Use another lake, "
         "or remove this table and write its days again"
     )
+
+
+def _in_order(table: Table, placed: DataFrame) -> DataFrame:
+    """The rows of each task in the order of the table's files."""
+    order = dict.fromkeys((*table.partition_by, *table.sort_by))
+    return placed.sortWithinPartitions(*map(_quoted, order))
 
 
 def _as_declared(table: Table, rows: DataFrame) -> DataFrame:

@@ -33,22 +33,21 @@ def _model_ready(feature: Feature) -> Column:
     if feature.is_number:
         return _scaled(feature, value)
     if not feature.is_list:
-        return F.coalesce(_bucket(feature, value), F.lit(0))
+        return F.when(value.isNotNull(), _bucket(feature, value)).otherwise(0)
     start = F.lit(1)
     if feature.kind == "sequence":
         start = F.greatest(F.size(value) - feature.max_length + 1, start)
     kept = F.slice(value, start, feature.max_length)
     return F.coalesce(
-        F.transform(kept, lambda each: _bucket(feature, each)), F.array().cast("array<int>")
+        F.transform(kept, lambda each: F.when(each.isNotNull(), _bucket(feature, each))),
+        F.array().cast("array<int>"),
     )
 
 
 def _bucket(feature: Feature, value: Column) -> Column:
+    """Of a value that is not null: xxhash64 of null is its seed, not null."""
     named = F.concat(F.lit(feature.embedding_table + SEPARATOR), value)
-    # xxhash64 of null is its seed, not null.
-    return F.when(
-        named.isNotNull(), F.pmod(F.xxhash64(named), F.lit(feature.buckets - 1)) + 1
-    ).cast("int")
+    return (F.pmod(F.xxhash64(named), F.lit(feature.buckets - 1)) + 1).cast("int")
 
 
 def _scaled(feature: Feature, value: Column) -> Column:

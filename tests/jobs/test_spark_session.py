@@ -215,6 +215,50 @@ def test_a_year_is_written_by_a_few_tasks_of_whole_days(
     assert max(map(tasks.count, set(tasks))) - min(map(tasks.count, set(tasks))) <= 1
 
 
+@pytest.mark.parametrize(
+    ("num_days", "files_per_day", "is_moved"), [(4, 1, False), (4, 2, True), (1, 1, True)]
+)
+def test_days_that_lie_a_file_each_are_made_where_they_are_read(
+    spark: SparkSession,
+    tables: SparkTables,
+    lake: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    num_days: int,
+    files_per_day: int,
+    is_moved: bool,
+) -> None:
+    days = Days(FIRST, FIRST + timedelta(days=num_days))
+    by_user = replace(VIEWS, name="views/by_user")
+    rows = views(spark, num_days=num_days, per_day=3000)
+    by_time = replace(VIEWS, sort_by=("event_time",))
+    version = tables.replace(by_time, rows, days, commit=JOB, files_per_day=files_per_day)
+    stored = tables.read(by_time, days, version=version)
+    moved: list[Table] = []
+    arranged = tables._arranged
+    monkeypatch.setattr(
+        tables, "_arranged", lambda table, *rest: moved.append(table) or arranged(table, *rest)
+    )
+    # By itself Spark cuts these files.
+    cut = "spark.sql.files.maxPartitionBytes"
+    before = spark.conf.get(cut)
+    spark.conf.set(cut, "5000")
+    try:
+        assert stored.rdd.getNumPartitions() > num_days
+        stored = tables.read(by_time, days, version=version)
+        tables.replace(by_user, stored, days, commit=JOB, read_from=(by_time, version))
+        assert spark.conf.get(cut) == "5000"
+    finally:
+        spark.conf.set(cut, before)
+    assert bool(moved) == is_moved
+    files = DeltaTable(f"{lake}/{by_user.name}").file_uris()
+    assert len(files) == num_days
+    for file in files:
+        found = pq.read_table(file, columns=list(VIEWS.sort_by))
+        assert found == found.sort_by([(column, "ascending") for column in VIEWS.sort_by])
+    assert delta.read(lake, by_user) == delta.read(lake, VIEWS)
+
+
 def test_a_line_is_replaced_without_touching_another(
     spark: SparkSession, tables: SparkTables, lake: str
 ) -> None:
