@@ -2,8 +2,10 @@
 
 The rows before a moment lie together (in pages of PAGE rows, where they came after the index was
 built), so that a sequence is copied piece by piece and at the speed of the memory, its masks and
-gaps in the same pass. A thread does a part of a batch by itself: PyTorch's threads meet after each
-operation, and a core that another process needs for a moment makes all of them wait.
+gaps in the same pass. Tokens are written past the caches: a store into a cache first reads the
+memory that it is about to replace, which took half of the time. A thread does a part of a batch by
+itself: PyTorch's threads meet after each operation, and a core that another process needs for a
+moment makes all of them wait.
 
 The plain path, in `user_index.py` and `segments.py`, says what these must give bit for bit.
 
@@ -20,7 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 from torch import Tensor
 
 from downstream.segments import PAGE, Array, SegmentTensors
@@ -30,6 +35,8 @@ STEPS = 65_536
 """Of sequences, that a thread handles at a time."""
 QUERIES = 1024
 """That a thread searches for at a time."""
+VECTOR = 4
+"""Words of eight bytes that one store writes past the caches; it is aligned to as much."""
 
 
 def positions(
@@ -62,6 +69,9 @@ def newest(
     where, times, available = _arrays(held), times_N.numpy(), available_us_N.numpy()
     tokens, words = _words(token_ND)
     out_tokens, _ = _words(found.token_BLD)
+    row_bytes = words * tokens.itemsize
+    is_aligned = (row_bytes | out_tokens.ctypes.data) % (8 * VECTOR) == 0
+    copy_tokens = _stream_tokens if is_aligned else _tokens
     of_requests = (key_B.numpy(), num_B.numpy(), moment_B.numpy())
     outs = tuple(
         x.numpy() for x in (found.row_BL, found.mask_BL, found.token_mask_BL, found.gap_s_BL)
@@ -79,7 +89,7 @@ def newest(
         if words:
             size = length * words
             here = out_tokens[part.start * size : part.stop * size]
-            _tokens(pieces, tokens, words, token_mask_BL, here)
+            copy_tokens(pieces, tokens, words, token_mask_BL, here)
         for column, known, out_BL in columns:
             if known is None:
                 _side(pieces, column, out_BL[part])
@@ -245,6 +255,50 @@ def _tokens(pieces, token_X, words, token_mask_BL, out_X):
         for of in range(size):
             if not token_mask_BL[at, step + of]:
                 out[of * words : (of + 1) * words] = 0
+
+
+@intrinsic
+def _stream(typing, to_X, to, from_X, at, is_kept):
+    """Write VECTOR words of an array, or as many zeros, into another past the caches."""
+
+    def build(context, builder, signature, args):
+        vector = ir.VectorType(ir.IntType(64), VECTOR)
+
+        def pointer(array, index):
+            data = make_array(signature.args[array])(context, builder, args[array]).data
+            return builder.bitcast(builder.gep(data, [args[index]]), vector.as_pointer())
+
+        loaded = builder.load(pointer(2, 3), align=8)
+        value = builder.select(builder.trunc(args[4], ir.IntType(1)), loaded, vector(None))
+        stored = builder.store(value, pointer(0, 1), align=8 * VECTOR)
+        once = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        stored.set_metadata("nontemporal", once)
+        return context.get_dummy_value()
+
+    return types.void(to_X, types.intp, from_X, types.intp, types.boolean), build
+
+
+@intrinsic
+def _fence(typing):
+    """What was written past the caches is there for other threads."""
+
+    def build(context, builder, signature, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
+@njit(nogil=True, cache=True)
+def _stream_tokens(pieces, token_X, words, token_mask_BL, out_X):
+    length = token_mask_BL.shape[1]
+    for at, step, row, size in pieces:
+        to, begin = (at * length + step) * words, max(row, 0) * words
+        for of in range(size):
+            is_kept = token_mask_BL[at, step + of]
+            for word in range(of * words, (of + 1) * words, VECTOR):
+                _stream(out_X, to + word, token_X, begin + word, is_kept)
+    _fence()
 
 
 @njit(nogil=True, cache=True)

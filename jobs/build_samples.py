@@ -46,8 +46,10 @@ def main(args: Args) -> dict[str, Any]:
         commit = ledger.commit_of(run, domain, result["input_versions"])
         with forgotten.kept_out(args.lake, domain) as gone:
             instances = lake.read(source, days, version=version).where(forgotten.is_other(gone))
-            ready = model_ready(instances, domain)
-            written = lake.replace(table, ranker_samples(ready, domain), days, commit=commit)
+            samples = ranker_samples(model_ready(instances, domain), domain)
+            written = lake.replace(
+                table, samples, days, commit=commit, read_from=(source, version)
+            )
         run.outputs[table.name] = written
         result |= {
             "rows": sum(delta.num_rows(args.lake, table, days, version=written).values()),

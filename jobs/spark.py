@@ -73,7 +73,7 @@ EVERYWHERE = {
     "spark.sql.execution.arrow.pyspark.enabled": "true",
     "spark.sql.parquet.compression.codec": "zstd",
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
-    # Java compiles no method above this size, and runs a wide projection five times slower: cut it.
+    # Java only interprets a method of more bytecode; Spark then makes several of a wide projection.
     "spark.sql.codegen.hugeMethodLimit": "8000",
     # Rows sorted by user and cut this small are found an order of magnitude faster.
     "spark.hadoop.parquet.block.row.count.limit": "32768",

@@ -14,8 +14,8 @@ from downstream.token_store import Tokens
 from downstream.user_index import IN_MEMORY, IndexStore, UserIndex
 from tests.downstream.test_segments import CHANGES, START, WIDTH, Log
 
-WIDTHS = st.sampled_from([0, 1, 4])
-"""Of tokens: none, one that is no whole number of words, and one that is."""
+WIDTHS = st.sampled_from([0, 1, 4, 16, 48])
+"""Of tokens: none, one that is no whole number of words, one that is, whole vectors of words."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +86,23 @@ def test_a_fetch_in_pieces_is_a_fetch_row_by_row(
     assert_same(other, store.plain().fetch(user.flip(0), moment.flip(0), length))
     if store.num_rows:
         assert other.token_BLD.data_ptr() == found_tokens.token_BLD.data_ptr()
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 8, 16])
+def test_memory_may_begin_anywhere(offset: int) -> None:
+    store = store_of(Log({0: [1, 1, 2], 1: [2, 3]}, np.random.default_rng(0)), 16)
+    user, moment = torch.tensor([0, 1, 7]), torch.tensor([99, 99, 99])
+    out = store.fetch(user, moment, 2)
+    assert out.token_BLD.data_ptr() % 64 == 0
+    room = torch.zeros(out.token_BLD.numel() + 64, dtype=torch.float16)
+    first = -room.data_ptr() // 2 % 32 + offset
+    token_BLD = room[first : first + out.token_BLD.numel()].view_as(out.token_BLD)
+    found = store.fetch(user, moment, 2, out._replace(token_BLD=token_BLD))
+    assert_same(found, store.plain().fetch(user, moment, 2))
+    assert token_BLD.any()
+    before, after = room[:first], room[first + token_BLD.numel() :]
+    assert not before.any()
+    assert not after.any()
 
 
 def test_memory_of_another_shape_is_refused() -> None:
