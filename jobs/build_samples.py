@@ -47,9 +47,7 @@ def main(args: Args) -> dict[str, Any]:
         with forgotten.kept_out(args.lake, domain) as gone:
             instances = lake.read(source, days, version=version).where(forgotten.is_other(gone))
             samples = ranker_samples(model_ready(instances, domain), domain)
-            written = lake.replace(
-                table, samples, days, commit=commit, read_from=(source, version)
-            )
+            written = lake.replace(table, samples, days, commit=commit, read_from=(source, version))
         run.outputs[table.name] = written
         result |= {
             "rows": sum(delta.num_rows(args.lake, table, days, version=written).values()),
