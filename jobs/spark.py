@@ -268,7 +268,7 @@ class SparkTables:
         if not is_enough or any(len(of_day) > 1 for of_day in files):
             yield False
             return
-        before = {name: self.spark.conf.get(name) for name in FILES_OF_A_TASK}
+        before = {name: str(self.spark.conf.get(name)) for name in FILES_OF_A_TASK}
         try:
             for name in before:
                 self.spark.conf.set(name, A_FILE)
