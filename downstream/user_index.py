@@ -318,8 +318,6 @@ class IndexStore:
         `out`: what an earlier fetch of this store gave, which may be written over: on the CPU, new
         memory costs more time than what comes into it. ValueError where that was another shape.
         """
-        if out is not None:
-            self._check_out(out, len(user_ids), length)
         user_B, num_B = self.positions(user_ids, as_of_us)
         return self.past(user_B, num_B, as_of_us.to(self.device), length, out=out)
 
@@ -341,11 +339,13 @@ class IndexStore:
             side: the side columns that are needed; None: all.
             has_tokens: False: they get width 0.
             dtype: of the tokens; None: as stored.
-            out: as `fetch` has it; it holds what is needed.
+            out: as `fetch` has it, of these tokens and side columns.
         """
         _check_lengths(user_B, num_B, as_of_B)
         names, token_ND = self.side if side is None else side, self.token_ND
         token_ND, columns = token_ND if has_tokens else token_ND[:, :0], self.columns
+        if out is not None:
+            _check_out(out, _empty(len(user_B), length, token_ND, names, device="meta"))
         as_of_B, times_N = as_of_B.contiguous(), columns["event_time_us"]
         if self.windows:
             found = out or _empty(len(user_B), length, token_ND, names)
@@ -366,22 +366,6 @@ class IndexStore:
             token_BLD = token_BLD[..., : token_ND.shape[1]].to(dtype or token_BLD.dtype)
         side_of = {name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in names}
         return Tokens(token_BLD, mask_BL, token_mask_BL, gap_s_BL, side_of, row_BL)
-
-    def _check_out(self, out: Tokens, num: int, length: int) -> None:
-        wanted = _empty(num, length, self.token_ND[:0], self.side, device="meta")
-        found, needed = _tensors(out), _tensors(wanted)
-        for name, tensor in needed.items():
-            other = found.get(name)
-            if (
-                other is None
-                or not other.is_contiguous()
-                or ((other.shape, other.dtype) != (tensor.shape, tensor.dtype))
-            ):
-                got = "nothing" if other is None else f"{list(other.shape)} of {other.dtype}"
-                raise ValueError(
-                    "out must be what a fetch of this store and of this shape gave: "
-                    f"{name} {list(tensor.shape)} of {tensor.dtype}, contiguous; got {got}"
-                )
 
     def newest(self, user_B: Tensor, num_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """(row_BL, mask_BL): the rows of the last of each user's first `num` events, left-padded
@@ -500,6 +484,23 @@ def _check_lengths(*asked: Tensor) -> None:
     shapes = [list(tensor.shape) for tensor in asked]
     if asked[0].dim() != 1 or shapes != [shapes[0]] * len(shapes):
         raise ValueError(f"one user and one moment a request are needed, [B] each; got {shapes}")
+
+
+def _check_out(out: Tokens, wanted: Tokens) -> None:
+    """ValueError where compiled code would write beyond it, or leave something as it was."""
+    found, needed = _tensors(out), _tensors(wanted)
+    for name, tensor in needed.items():
+        other = found.get(name)
+        if (
+            other is None
+            or not other.is_contiguous()
+            or ((other.shape, other.dtype) != (tensor.shape, tensor.dtype))
+        ):
+            got = "nothing" if other is None else f"{list(other.shape)} of {other.dtype}"
+            raise ValueError(
+                "out must be what a fetch of this store and of this shape gave: "
+                f"{name} {list(tensor.shape)} of {tensor.dtype}, contiguous; got {got}"
+            )
 
 
 def _empty(

@@ -260,19 +260,19 @@ class SparkTables:
         self, rows: DataFrame, days: Days, read_from: tuple[Table, int] | None
     ) -> Iterator[bool]:
         """Whether each task reads one whole day of the rows, which it does while this lasts."""
-        files = []
+        num_days = 0
         if read_from is not None:
             table, version = read_from
-            files = [*delta.rows_of_files(self.lake, table, days, version=version).values()]
-        is_enough = len(files) >= self.spark.sparkContext.defaultParallelism
-        if not is_enough or any(len(of_day) > 1 for of_day in files):
+            num_days = len(delta.num_rows(self.lake, table, days, version=version))
+        if num_days < self.spark.sparkContext.defaultParallelism:
             yield False
             return
         before = {name: str(self.spark.conf.get(name)) for name in FILES_OF_A_TASK}
         try:
             for name in before:
                 self.spark.conf.set(name, A_FILE)
-            yield rows.rdd.getNumPartitions() == len(files)
+            # A task each for all files: for as many days, if none is several.
+            yield rows.rdd.getNumPartitions() == num_days
         finally:
             for name, value in before.items():
                 self.spark.conf.set(name, value)

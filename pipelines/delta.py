@@ -158,20 +158,12 @@ def with_days(commit: Mapping[str, str], days: Days | None) -> dict[str, str]:
 
 def num_rows(lake: str, table: Table, days: Days, *, version: int | None = None) -> dict[date, int]:
     """Rows of each of the days that has any, from the table's log: no file is read."""
-    rows = rows_of_files(lake, table, days, version=version)
-    return {day: sum(counts) for day, counts in rows.items()}
-
-
-def rows_of_files(
-    lake: str, table: Table, days: Days, *, version: int | None = None
-) -> dict[date, list[int]]:
-    """Rows of each file of each of the days that has any, from the table's log."""
     actions = pa.table(open_table(lake, table, version).get_add_actions(flatten=True)).to_pylist()
-    found: dict[date, list[int]] = {}
+    found: dict[date, int] = {}
     for action in actions:
         day = action["partition.event_date"]
         if day in days:
-            found.setdefault(day, []).append(action["num_records"])
+            found[day] = found.get(day, 0) + action["num_records"]
     return found
 
 

@@ -120,6 +120,8 @@ def test_memory_of_another_shape_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match="out must be what a fetch of this store"):
             store.fetch(user, moment, 2, spoiled)
+        with pytest.raises(ValueError, match="out must be what a fetch of this store"):
+            store.past(*store.positions(user, moment), moment, 2, out=spoiled)
 
 
 def test_users_and_moments_of_other_numbers_are_refused() -> None:
