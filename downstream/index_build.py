@@ -6,17 +6,17 @@ order, and each event is put behind its user's last. The folder appears whole or
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import shutil
-from collections import deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,6 @@ from downstream.index_arrays import (
     ITEM_ARRAYS,
     ITEM_DAY,
     ITEMS,
-    KEY_ARRAYS,
     USERS,
     Array,
     LineMeta,
@@ -58,7 +57,7 @@ from pipelines.token_format import CODECS, TokenFormat, check, decode, of_line
 log = logging.getLogger(__name__)
 
 DAY_US = 86_400_000_000
-ROWS_CHECKED = 4_000_000
+ROWS_CHECKED = 524_288
 """Rows of whole users that are compared with one another at a time."""
 
 
@@ -122,10 +121,9 @@ def _write(
         formats[line] = of_line(found.opened, found.table.name, line, found.batches(["token"]))
     real = asked & ~ds.field("is_sampled")
     logged = snapshot.source(tables.user_order(domain), days, real) if fields else None
-    with ThreadPoolExecutor(2) as pool:
-        users, *others = pool.map(Users.read, [histories, *tokens.values()])
-    for source, of_tokens in zip(tokens.values(), others, strict=True):
-        users.check_buckets(of_tokens, source.table.name)
+    users = Users.read(histories)
+    for source in tokens.values():
+        users.check_buckets(source)
     writer = Writer(folder)
     num_rows = int(users.offsets[-1])
     _allocate(writer, domain, users, formats, fields)
@@ -134,8 +132,9 @@ def _write(
     # A day's are others by now; those of two days are seen beside one another.
     starts = np.searchsorted(users.offsets, np.arange(0, num_rows, ROWS_CHECKED))
     bounds = np.unique([*users.offsets[starts], num_rows])
-    for first, end in itertools.pairwise(bounds):
-        refuse_twice(writer.arrays["instance_id"][first:end], histories.table.name)
+    instance_id, name = writer.arrays["instance_id"], histories.table.name
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda a, b: refuse_twice(instance_id[a:b], name), bounds, bounds[1:]))
     newest_us = writer.arrays["event_time_us"][users.offsets[1:] - 1]
     counts = np.diff(users.offsets)
     save_segments(folder, USERS, 0, Segments.of(users.user_ids, counts, users.bucket, newest_us))
@@ -207,41 +206,46 @@ def _write_events(
     logged: Source | None,
 ) -> None:
     """Days in order, each event to the place after its user's last: nothing is sorted that the
-    tables have sorted. Two threads read ahead and write.
+    tables have sorted. Two threads read and write parts, which take their places in turn.
 
     What a pass writes of the index stays in memory, or it would wait for the disk at every event;
     so many users a pass as that allows.
     """
     next_row = users.offsets[:-1].copy()
-    row_bytes = sum(a[:1].nbytes for a in writer.arrays.values())
-    parts = list(users.parts(memory_available() // 2 // max(1, row_bytes)))
+    names = [*writer.arrays]
+    row_bytes = sum(writer.arrays[name][:1].nbytes for name in names)
+    most = memory_available() // 2 // max(1, row_bytes)
 
-    def read(part: Part) -> Events:
-        return Events.read(histories, domain, part)
-
-    def put(events: Events, row: Array, part: Part) -> None:
+    def put_part(part: Part, mine: Event, following: Event) -> None:
+        try:
+            events = Events.read(histories, domain, part)
+            first = starts_of_runs(events.user_id)
+            count = np.diff(first, append=len(events.user_id))
+            place = np.searchsorted(users.user_ids, events.user_id[first])
+            mine.wait()
+            row = np.repeat(next_row[place] - first, count) + np.arange(len(events.user_id))
+            next_row[place] += count
+        finally:
+            following.set()
         rows = events.put(writer, row)
+        del events
         for at, (line, source) in enumerate(tokens.items()):
             put_tokens(writer, source, rows, f"line{at}", formats[line], part)
         if logged is not None:
             put_fields(writer, logged, rows, domain, part)
 
-    with ThreadPoolExecutor(2) as pool:
-        ahead = deque(pool.submit(read, part) for part in parts[:2])
-        writing: deque[Future[None]] = deque()
-        for at, part in enumerate(tqdm(parts, f"index {domain.name}", unit="part", delay=5)):
-            events = ahead.popleft().result()
-            first = starts_of_runs(events.user_id)
-            count = np.diff(first, append=len(events.user_id))
-            place = np.searchsorted(users.user_ids, events.user_id[first])
-            row = np.repeat(next_row[place] - first, count) + np.arange(len(events.user_id))
-            next_row[place] += count
-            writing.append(pool.submit(put, events, row, part))
-            ahead.extend(pool.submit(read, later) for later in parts[at + 2 : at + 3])
-            if len(writing) > 1:
-                writing.popleft().result()
-        for left in writing:
-            left.result()
+    passes = list(users.passes(most))
+    total = sum(len(parts) for _, parts in passes)
+    with (
+        ThreadPoolExecutor(2) as pool,
+        tqdm(total=total, desc=f"index {domain.name}", unit="part", delay=5) as done,
+    ):
+        for rows, parts in passes:
+            writer.reserve(names, rows)
+            turns = [Event() for _ in range(len(parts) + 1)]
+            turns[0].set()
+            for _ in pool.map(put_part, parts, turns, turns[1:]):
+                done.update()
 
 
 @dataclass(frozen=True)
@@ -276,36 +280,41 @@ class Events:
 
     user_id: Array
     bucket: Array
-    columns: Mapping[str, Array]
-    """What the index holds of them, by array."""
+    time_us: Array
+    instance_id: Array
+    columns: Mapping[str, Sequence[Array]]
+    """What the index holds of them, by array, in pieces as they were read."""
 
     @classmethod
     def read(cls, source: Source, domain: Domain, part: Part) -> Events:
         """Those of a part."""
         columns = [c for c in source.table.schema.names if c != "event_date"]
-        rows = source.rows(columns, part)
-        found = {"event_time_us": times_us(rows, "event_time")}
-        for name in ("instance_id", "item_id", "request_id"):
-            found[name] = _ints(rows, name)
-        for feature in domain.side_features:
-            found[feature.stream_column] = _ints(rows, feature.stream_column)
-        for label in domain.labels:
-            value = pc.fill_null(rows.column(f"label_{label.name}"), -1)
-            found[f"label_{label.name}"] = np.asarray(value.to_numpy())
-            found[f"label_time_us_{label.name}"] = times_us(rows, f"label_time_{label.name}")
-        instance_id, user_id = found["instance_id"], _ints(rows, "user_id")
+        found: dict[str, list[Array]] = defaultdict(list)
+        for batch in source.batches(columns, part):
+            for name in ("user_id", "user_bucket", "instance_id", "item_id", "request_id"):
+                found[name].append(_ints(batch, name))
+            found["event_time_us"].append(times_us(batch, "event_time"))
+            for feature in domain.side_features:
+                found[feature.stream_column].append(_ints(batch, feature.stream_column))
+            for label in domain.labels:
+                value = pc.fill_null(batch.column(f"label_{label.name}"), -1)
+                found[f"label_{label.name}"].append(value.to_numpy())
+                known_us = times_us(batch, f"label_time_{label.name}")
+                found[f"label_time_us_{label.name}"].append(known_us)
+        user_id, bucket = _joined(found.pop("user_id", [])), _joined(found.pop("user_bucket", []))
+        time_us, instance_id = _joined(found["event_time_us"]), _joined(found["instance_id"])
         refuse_twice(instance_id, source.table.name)
-        is_other = found["event_time_us"] // DAY_US != as_number(part.day) if part.day else None
+        is_other = time_us // DAY_US != as_number(part.day) if part.day else None
         if is_other is not None and is_other.any():
             raise InputError(
                 f"{source.table.name}: {is_other.sum()} events of {part.day} have a time of another"
                 " day, and days are merged as they are; build that day again"
             )
-        events = cls(user_id, _ints(rows, "user_bucket"), found)
+        events = cls(user_id, bucket, time_us, instance_id, found)
         return events if events._is_ordered() else events._ordered()
 
     def _is_ordered(self) -> bool:
-        user, time_us, tie = self.user_id, *(self.columns[n] for n in KEY_ARRAYS[:2])
+        user, time_us, tie = self.user_id, self.time_us, self.instance_id
         is_later = (time_us[1:] > time_us[:-1]) | (
             (time_us[1:] == time_us[:-1]) & (tie[1:] > tie[:-1])
         )
@@ -314,15 +323,25 @@ class Events:
         return bool((is_later | is_next).all() and (users[1:] != users[:-1]).all())
 
     def _ordered(self) -> Events:
-        order = user_major_order(self.user_id, *(self.columns[n] for n in KEY_ARRAYS[:2]))
-        columns = {name: column[order] for name, column in self.columns.items()}
-        return Events(self.user_id[order], self.bucket[order], columns)
+        order = user_major_order(self.user_id, self.time_us, self.instance_id)
+        columns = {name: [_joined(pieces)[order]] for name, pieces in self.columns.items()}
+        return Events(
+            self.user_id[order], self.bucket[order], self.time_us[order], self.instance_id[order],
+            columns,
+        )  # fmt: skip
 
     def put(self, writer: Writer, row: Array) -> Rows:
         """Write each event at its row; says where each instance went."""
-        for name, column in self.columns.items():
-            writer.put(name, row, column)
-        return Rows(self.columns["instance_id"], row)
+        for name, pieces in self.columns.items():
+            at = 0
+            for piece in pieces:
+                writer.put(name, row[at : at + len(piece)], piece)
+                at += len(piece)
+        return Rows(self.instance_id, row)
+
+
+def _joined(pieces: Sequence[Array]) -> Array:
+    return np.concatenate([np.zeros(0, np.int64), *pieces])
 
 
 def refuse_twice(instance_id: Array, name: str) -> None:
@@ -353,7 +372,7 @@ def put_tokens(
                 f"{source.table.name} holds two tokens of one instance; write it again"
             )
         token = decode(batch.column("token"), form)
-        available_us = times_us(pa.Table.from_batches([batch]), "available_time")
+        available_us = times_us(batch, "available_time")
         if not is_here.all():
             num_lost += int((~is_here).sum())
             token, available_us = token[is_here], available_us[is_here]
@@ -444,6 +463,7 @@ def _put_items(writer: Writer, source: Source | None, line: str, width: int) -> 
     for name, dtype in zip((*ITEM_ARRAYS, ITEM_DAY), types, strict=True):
         shape = (n, width) if name == "item_sum" else (n,)
         writer.allocate(f"{line}/{name}", shape, dtype)
+    writer.reserve([f"{line}/{name}" for name in (*ITEM_ARRAYS, ITEM_DAY)])
     keys.put(writer, line, row)
     if source is not None:
         keys.put_sums(writer, source, line, width, row)
@@ -452,5 +472,5 @@ def _put_items(writer: Writer, source: Source | None, line: str, width: int) -> 
     return Segments.of(item_ids, count, newest_us=newest_us)
 
 
-def _ints(rows: pa.Table, name: str) -> Array:
+def _ints(rows: pa.Table | pa.RecordBatch, name: str) -> Array:
     return np.asarray(rows.column(name).to_numpy())

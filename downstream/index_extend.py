@@ -178,7 +178,7 @@ class _Extension:
             logged = self.snapshot.source(tables.user_order(domain), days, real)
         users = Users.read(histories)
         for source in tokens.values():
-            users.check_buckets(Users.read(source), source.table.name)
+            users.check_buckets(source)
         _, here, there = np.intersect1d(held.key, users.user_ids, True, return_indices=True)
         if not np.array_equal(held.bucket[here], users.bucket[there]):
             raise NotExtendableError("the number of user buckets has changed")
@@ -197,10 +197,7 @@ class _Extension:
             def is_gone(row: Array, time_us: Array = time_us) -> Array:
                 return np.isin(time_us[row] // DAY_US, numbers)
 
-            new = NewRows(
-                events.user_id, events.columns["event_time_us"], events.columns["instance_id"],
-                events.bucket,
-            )  # fmt: skip
+            new = NewRows(events.user_id, events.time_us, events.instance_id, events.bucket)
             if not np.isin(new.time_us // DAY_US, numbers).all():
                 raise NotExtendableError("an event is of another day than its time says")
             growth = grown(

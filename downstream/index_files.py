@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import io
 import itertools
 import math
+import mmap
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -27,8 +31,17 @@ from pipelines.errors import InputError
 from pipelines.tables import Table
 
 EVERY = ds.scalar(True)
-ROWS_AT_ONCE = 262_144
+ROWS_AT_ONCE = 524_288
 """Events in memory at a time, of each of two threads."""
+HAS_JEMALLOC = "jemalloc" in pa.supported_memory_backends()
+POOL = pa.jemalloc_memory_pool() if HAS_JEMALLOC else pa.default_memory_pool()
+"""Of what is read: mimalloc, Arrow's own choice, keeps 100 MB more of what was given back."""
+POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE (5.14), which `mmap` has no name for."""
+LIBC = ctypes.CDLL(None, use_errno=True)
+LIBC.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+PIECE = 1 << 26
+"""Bytes of a file that a thread makes pages of at a time."""
 
 
 class Snapshot:
@@ -83,13 +96,17 @@ class Source:
     days: delta.AskedDays
     kept: ds.Expression
 
-    def batches(self, columns: list[str], part: Part = ALL) -> Any:
-        """Record batches of a part in an order that is the same each time."""
-        return self._scan(columns, part).to_batches()
+    def batches(self, columns: list[str], part: Part = ALL) -> Iterator[pa.RecordBatch]:
+        """Record batches of a part in an order that is the same each time, file by file: a scan of
+        many files that is given up reads all of them first."""
+        files = self.files if part.day is None else self.files_of(part.day)
+        for file in files.get_fragments():
+            yield from file.to_batches(schema=files.schema, **self._how(columns, part))
 
     def rows(self, columns: list[str], part: Part) -> pa.Table:
         """Those of a part at once."""
-        return self._scan(columns, part).to_table()
+        files = self.files if part.day is None else self.files_of(part.day)
+        return files.to_table(**self._how(columns, part))
 
     @cached_property
     def files(self) -> ds.FileSystemDataset:
@@ -115,7 +132,8 @@ class Source:
             found[date.fromisoformat(str(keys["event_date"]))].append(fragment)
         return found
 
-    def _scan(self, columns: list[str], part: Part) -> ds.Scanner:
+    def _how(self, columns: list[str], part: Part) -> dict[str, Any]:
+        """What of a file is read, and how."""
         kept, user = self.kept, ds.field("user_id")
         if part.users is not None:
             kept &= (user >= part.users[0]) & (user <= part.users[1])
@@ -125,8 +143,10 @@ class Source:
         if values is None:
             values = delta.projection(self.opened, self.table, columns)
             self._projections[tuple(columns)] = values
-        files = self.files if part.day is None else self.files_of(part.day)
-        return files.scanner(columns=values, filter=kept)
+        # Whoever reads is one of two threads: Arrow's own beside them, and what it reads ahead,
+        # take a third longer and several times the memory.
+        held = {"use_threads": False, "batch_readahead": 1, "memory_pool": POOL}
+        return {"columns": values, "filter": kept, **held}
 
     @cached_property
     def _projections(self) -> dict[tuple[str, ...], dict[str, ds.Expression]]:
@@ -146,20 +166,31 @@ class Users:
     @classmethod
     def read(cls, source: Source) -> Users:
         """One pass over a table's keys: users, their buckets and their numbers of rows."""
+        days = source.days_there
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda of: cls._count(source, of), (days[::2], days[1::2])))
+        user_ids, bucket, count = cls._summed(source.table, *(users for users, _ in found))
+        day_counts = dict(sorted(itertools.chain(*(of.items() for _, of in found))))
+        return cls(user_ids, np.concatenate([[0], np.cumsum(count)]), bucket, day_counts)
+
+    @classmethod
+    def _count(cls, source: Source, days: Sequence[date]) -> tuple[Array, dict[date, Array]]:
+        """[3, users] user, bucket, rows of these days; and each day's rows by bucket."""
         found, day_counts = np.zeros((3, 0), np.int64), {}
         runs: list[Array] = []
-        for day in source.days_there:
-            rows = source.rows(["user_id", "user_bucket"], Part(day=day))
-            user, bucket = (np.asarray(rows.column(n)) for n in ("user_id", "user_bucket"))
-            if not len(user):
-                continue
-            day_counts[day] = np.bincount(bucket)
-            first = starts_of_runs(user)
-            runs.append(np.stack([user[first], bucket[first], np.diff(first, append=len(user))]))
-            if sum(run.shape[1] for run in runs) > ROWS_AT_ONCE:
+        for day in days:
+            counts: Counter[int] = Counter()
+            for batch in source.batches(["user_id", "user_bucket"], Part(day=day)):
+                user, bucket = (np.asarray(column) for column in batch.columns)
+                counts.update(dict(enumerate(np.bincount(bucket).tolist())))
+                first = starts_of_runs(user)
+                count = np.diff(first, append=len(user))
+                runs.append(np.stack([user[first], bucket[first], count]))
+            if counts:
+                day_counts[day] = np.array([counts[at] for at in range(max(counts) + 1)])
+            if sum(run.shape[1] for run in runs) > max(ROWS_AT_ONCE // 4, found.shape[1]):
                 found, runs = cls._summed(source.table, found, *runs), []
-        user_ids, bucket, count = cls._summed(source.table, found, *runs)
-        return cls(user_ids, np.concatenate([[0], np.cumsum(count)]), bucket, day_counts)
+        return cls._summed(source.table, found, *runs), day_counts
 
     @staticmethod
     def _summed(table: Table, *runs: Array) -> Array:
@@ -177,16 +208,24 @@ class Users:
             )
         return np.stack([found[0, first], bucket, np.add.reduceat(found[2], first)])
 
-    def check_buckets(self, other: Users, name: str) -> None:
+    def check_buckets(self, source: Source) -> None:
         """Refuse a table whose users are in other buckets than here: its rows would be missed."""
-        _, here, there = np.intersect1d(
-            self.user_ids, other.user_ids, assume_unique=True, return_indices=True
-        )
-        if not np.array_equal(self.bucket[here], other.bucket[there]):
-            raise InputError(
-                f"{name} was written with another number of user buckets than the histories; "
-                "write it again"
-            )
+
+        def check(day: date) -> None:
+            for batch in source.batches(["user_id", "user_bucket"], Part(day=day)):
+                user, bucket = (np.asarray(column) for column in batch.columns)
+                first = starts_of_runs(user)
+                place = np.searchsorted(self.user_ids, user[first]).clip(max=len(self.bucket) - 1)
+                is_here = self.user_ids[place] == user[first]
+                if not np.array_equal(self.bucket[place[is_here]], bucket[first[is_here]]):
+                    raise InputError(
+                        f"{source.table.name} was written with another number of user buckets than "
+                        "the histories; write it again"
+                    )
+
+        if len(self.user_ids):
+            with ThreadPoolExecutor(2) as pool:
+                list(pool.map(check, source.days_there))
 
     def groups(self, more: Array) -> list[Part]:
         """Buckets, theirs and more, in groups of at most about ROWS_AT_ONCE events of all days."""
@@ -196,20 +235,27 @@ class Users:
         )
         return [Part(group) for group in _groups(buckets, per_bucket)]
 
-    def parts(self, most: int) -> Iterator[Part]:
-        """Passes over all days, ascending, by users who follow one another and have about `most`
-        events; a day in parts of at most about ROWS_AT_ONCE events."""
+    def passes(self, most: int) -> Iterator[tuple[slice, list[Part]]]:
+        """Rows of users who follow one another and have about `most` events, and the parts of all
+        days, ascending, that they are in; one part is at most about ROWS_AT_ONCE events."""
         num = -(-int(self.offsets[-1]) // max(1, most))
         cuts = np.searchsorted(self.offsets, np.linspace(0, self.offsets[-1], num + 1))
         for first, end in itertools.pairwise(np.unique(cuts).tolist()):
             users = (int(self.user_ids[first]), int(self.user_ids[end - 1])) if num > 1 else None
-            for day, counts in self.day_counts.items():
-                if counts.sum() <= ROWS_AT_ONCE:
-                    yield Part(day=day, users=users)
-                    continue
-                there = np.flatnonzero(counts)
-                for buckets in _groups(there, counts[there]):
-                    yield Part(buckets, day, users)
+            parts = [
+                Part(buckets, day, users)
+                for day, counts in self.day_counts.items()
+                for buckets in self._groups_of(counts)
+            ]
+            yield slice(int(self.offsets[first]), int(self.offsets[end])), parts
+
+    @staticmethod
+    def _groups_of(counts: Array) -> Sequence[Array | None]:
+        """A day's buckets, by part; None: all."""
+        if counts.sum() <= ROWS_AT_ONCE:
+            return [None]
+        there = np.flatnonzero(counts)
+        return _groups(there, counts[there])
 
 
 def _groups(buckets: Array, num_rows: Array) -> list[Array]:
@@ -252,24 +298,37 @@ class Writer:
 
     folder: Path
     arrays: dict[str, Array] = field(default_factory=dict)
+    fills: dict[str, Any] = field(default_factory=dict)
+    """What rows hold until they are put, where that is not 0."""
 
     def allocate(self, name: str, shape: tuple[int, ...], dtype: Any, fill: Any = 0) -> None:
-        """The array's file, its disk space taken at once: a full disk is an error here, not a
-        crash at a later write to mapped memory.
-        """
+        """The array's file, whose rows must be reserved before they are put."""
         path = self.folder / f"{name}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if fill:
+            self.fills[name] = fill
         if not math.prod(shape):
             np.save(path, np.zeros(shape, dtype))
             self.arrays[name] = np.zeros(shape, dtype)
             return
-        mapped = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        if fill:
-            mapped[:] = fill
-        self.arrays[name] = mapped
+        self.arrays[name] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+    def reserve(self, names: Iterable[str], rows: slice = slice(None)) -> None:
+        """Disk space and memory for rows, taken at once: a full disk is an error here, not a crash
+        at a later write to mapped memory, and pages that are made together take a fraction of the
+        time of one fault each.
+        """
+        pieces = []
+        for name in names:
+            array, path = self.arrays[name], self.folder / f"{name}.npy"
+            size, held = array[:1].nbytes, range(*rows.indices(len(array)))
+            begin, end = held.start * size, held.stop * size
+            pieces += [(path, array, at, min(PIECE, end - at)) for at in range(begin, end, PIECE)]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda piece: _reserve(*piece), pieces))
+        for name in names:
+            if name in self.fills:
+                self.arrays[name][rows] = self.fills[name]
 
     def grow(self, name: str, num_rows: int) -> None:
         """Open an array that is there, its file made long enough; its rows stay as they are.
@@ -314,6 +373,18 @@ class Writer:
 
     def copy(self, name: str, rows: Array, to: Array) -> None:
         self.arrays[name][to] = self.arrays[name][rows]
+
+
+def _reserve(path: Path, mapped: np.memmap[Any, Any], at: int, num_bytes: int) -> None:
+    """Some bytes of an array that is in a file."""
+    address = mapped.ctypes.data + at
+    in_page = address % mmap.PAGESIZE
+    if not LIBC.madvise(address - in_page, in_page + num_bytes, POPULATE_WRITE):
+        return
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    with path.open("r+b") as file:  # a system that can't: its pages come one by one
+        os.posix_fallocate(file.fileno(), mapped.offset + at, num_bytes)
 
 
 @contextmanager

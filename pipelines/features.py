@@ -128,7 +128,7 @@ def _padded(column: pa.Array, width: int) -> Ints:
     return out
 
 
-def times_us(rows: pa.Table, column: str) -> npt.NDArray[np.int64]:
+def times_us(rows: pa.Table | pa.RecordBatch, column: str) -> npt.NDArray[np.int64]:
     """A timestamp column as microseconds since 1970 UTC; null is the far future (never known)."""
     values = pc.fill_null(pc.cast(rows.column(column), pa.int64()), NEVER_US)
     return np.asarray(values.to_numpy(), np.int64)

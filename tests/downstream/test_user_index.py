@@ -1,3 +1,4 @@
+import os
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from downstream import index_files
 from downstream.index_arrays import ItemArrays
 from downstream.token_store import HistoryRow, InMemoryTokenStore, ItemRow, TokenStore
 from downstream.user_index import IndexStore, UserIndex
@@ -336,6 +338,43 @@ def test_an_index_built_from_the_lake_says_what_the_rows_say(
         "instance_tokens/shop": 1,
         "item_tokens/shop": 1,
     }
+
+
+@pytest.mark.parametrize("advice", [index_files.POPULATE_WRITE, 9999], ids=["at once", "by fault"])
+def test_reserved_rows_have_their_disk_space_and_their_fill(
+    tmp_path: Path, advice: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_files, "POPULATE_WRITE", advice)
+    monkeypatch.setattr(index_files, "PIECE", 100_000)
+    taken: set[int] = set()
+
+    def take(file: int, at: int, num_bytes: int) -> None:
+        taken.update(range(at, at + num_bytes))
+        os_fallocate(file, at, num_bytes)
+
+    os_fallocate = os.posix_fallocate
+    monkeypatch.setattr(index_files.os, "posix_fallocate", take)
+    writer = index_files.Writer(tmp_path)
+    writer.allocate("a", (1_000_000,), np.int64)
+    writer.allocate("filled", (1000,), np.int64, fill=7)
+    writer.allocate("none", (0, 3), np.float16)
+    writer.reserve(["a", "none"], slice(500_000, 900_000))
+    begin = writer.arrays["a"].offset + 500_000 * 8
+    assert taken == (set() if advice != 9999 else set(range(begin, begin + 400_000 * 8)))
+    writer.reserve(["filled"], slice(500, 900))
+    num_bytes = (tmp_path / "a.npy").stat().st_blocks * 512
+    assert 400_000 * 8 <= num_bytes < 450_000 * 8
+    assert not writer.arrays["a"].any()
+    assert np.flatnonzero(writer.arrays["filled"] == 7).tolist() == [*range(500, 900)]
+    assert np.count_nonzero(writer.arrays["filled"]) == 400
+
+
+def test_a_full_disk_is_an_error_before_anything_is_put(tmp_path: Path) -> None:
+    writer = index_files.Writer(tmp_path)
+    writer.allocate("a", (1_000_000,), np.int64)
+    os.truncate(tmp_path / "a.npy", 0)  # to the kernel as if there were no space for it
+    with pytest.raises(OSError, match="No space left on device"):
+        writer.reserve(["a"])
 
 
 def test_an_index_of_some_days_holds_those_and_an_empty_one_is_fine(
