@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -60,11 +61,14 @@ def build(folder: Path, index: str) -> UserIndex:
 
 def built(folder: Path) -> Iterator[dict[str, Any]]:
     """The rows of building: as fast as it goes, and with less memory than the index has bytes."""
-    taken = []
+    taken, index = [], None
     for _ in range(3):
+        index = None  # its pages, or a virtual machine has to be given as many more
+        shutil.rmtree(folder / "index", ignore_errors=True)
         with used() as of:
             index = build(folder, "index")
         taken.append(of)
+    assert index is not None
     best = min(taken, key=lambda of: of.wall_s)
     num_bytes = sum(file.stat().st_size for file in (folder / "index").rglob("*.npy"))
     speed = len(index) / best.wall_s
