@@ -35,6 +35,8 @@ STEPS = 65_536
 """Of sequences, that a thread handles at a time."""
 QUERIES = 1024
 """That a thread searches for at a time."""
+TOGETHER = 8
+"""Of them, whose searches wait for memory at the same time."""
 VECTOR = 4
 """Words of eight bytes that one store writes past the caches; it is aligned to as much."""
 
@@ -143,23 +145,13 @@ def _positions(
     key_K, count_K, begin_K, built_K, first_page_K, page_G, base, page_size, time_N, query_B,
     moment_B, key_B, num_B,
 ):  # fmt: skip
-    place = 0
+    _find(key_K, query_B, key_B)
+    _count_built(begin_K, built_K, time_N, moment_B, key_B, num_B)
     for at in range(len(query_B)):
-        query, moment = query_B[at], moment_B[at]
-        if at and query < query_B[at - 1]:
-            place = 0
-        # From the place before on, in steps that double: near, where queries are sorted.
-        step = 1
-        while place + step < len(key_K) and key_K[place + step] < query:
-            place += step
-            step *= 2
-        place = _first_not_below(key_K, place, min(place + step, len(key_K)), query)
-        if place == len(key_K) or key_K[place] != query:
-            key_B[at], num_B[at] = -1, 0
+        place, moment = key_B[at], moment_B[at]
+        if place < 0:
             continue
-        key_B[at] = place
-        begin, built, count = begin_K[place], built_K[place], count_K[place]
-        num = _first_not_below(time_N, begin, begin + built, moment) - begin
+        num, count, built = num_B[at], count_K[place], built_K[place]
         if num == built and count > built:
             # All rows in one piece are before the moment: how many pages begin before it?
             first = first_page_K[place]
@@ -176,7 +168,57 @@ def _positions(
                 num += before
                 for of in range(min(page_size, count - built - before)):
                     num += time_N[row + of] < moment
-        num_B[at] = num
+            num_B[at] = num
+
+
+@njit(nogil=True, cache=True)
+def _find(key_K, query_B, key_B):
+    place = 0
+    for at in range(len(query_B)):
+        query = query_B[at]
+        if at and query < query_B[at - 1]:
+            place = 0
+        # From the place before on, in steps that double: near, where queries are sorted.
+        step = 1
+        while place + step < len(key_K) and key_K[place + step] < query:
+            place += step
+            step *= 2
+        place = _first_not_below(key_K, place, min(place + step, len(key_K)), query)
+        is_there = place < len(key_K) and key_K[place] == query
+        key_B[at] = place if is_there else -1
+
+
+@njit(nogil=True, cache=True)
+def _count_built(begin_K, built_K, time_N, moment_B, key_B, num_B):
+    """How many of a key's rows that lie in one piece are before the moment.
+
+    Some are searched for together, a step of each at a time: the processor then waits for the
+    memory of all of them at once, and guesses no branch.
+    """
+    low_T, size_T = np.empty(TOGETHER, np.int64), np.empty(TOGETHER, np.int64)
+    for first in range(0, len(key_B), TOGETHER):
+        num = min(TOGETHER, len(key_B) - first)
+        most = 0
+        for of in range(num):
+            place = key_B[first + of]
+            size_T[of] = built_K[place] if place >= 0 else 0
+            low_T[of] = begin_K[place] if size_T[of] else 0
+            most = max(most, size_T[of])
+        while most > 1:
+            most -= most >> 1
+            for of in range(num):
+                half, low = size_T[of] >> 1, low_T[of]
+                is_before = time_N[low + half - (half > 0)] < moment_B[first + of]
+                low_T[of] = low + half * is_before
+                size_T[of] -= half
+        for of in range(num):
+            if key_B[first + of] < 0:
+                num_B[first + of] = 0
+                continue
+            low = low_T[of]
+            is_last_before = size_T[of] > 0 and time_N[low] < moment_B[first + of]
+            begin = begin_K[key_B[first + of]] if size_T[of] else low
+            num_B[first + of] = low - begin + is_last_before
 
 
 @njit(nogil=True, cache=True)
