@@ -12,6 +12,7 @@ import pytest
 from benchmarks import sizing, sizing_plan
 from benchmarks.sizing import Stage, by_table
 from benchmarks.sizing_plan import Measured, Plan
+from downstream.index_files import ROWS_AT_ONCE
 from pipelines import delta, tables
 from pipelines.domain import load
 from tests.downstream.test_index_extend import LINE, write_day
@@ -45,7 +46,7 @@ def test_a_day_has_buckets_of_four_million_rows_and_the_index_holds_one_at_least
     assert sizing_plan.buckets(plan) == 25
     assert sizing_plan.index_memory(m, plan, 25) == 4e8
     assert sizing_plan.index_memory(m, plan, 16) == 100 * 1e8 / 16
-    assert sizing_plan.index_memory(m, plan, 1000) == 100 * 262_144
+    assert sizing_plan.index_memory(m, plan, 1000) == 100 * ROWS_AT_ONCE
 
 
 def test_checkpoints_that_are_all_kept_grow_with_the_square_of_the_days() -> None:
