@@ -9,6 +9,7 @@ Shape legend: B requests, L sequence length, D token width, K keys, N rows of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,17 @@ QUERIES, STEPS, ROWS = 128, 256, 64
 """Handled by one program: queries, steps of a sequence, rows with their tokens."""
 
 
+class Sides(NamedTuple):
+    """Side columns in one piece, so that one launch reads any of them."""
+
+    names: list[str]
+    """Side columns, then labels."""
+    value_FN: Tensor
+    """int32."""
+    known_us_KN: Tensor
+    """When each value of a label became known."""
+
+
 class Newest(NamedTuple):
     """Of `newest`."""
 
@@ -30,6 +42,7 @@ class Newest(NamedTuple):
     gap_s_BL: Tensor
     token_BLD: Tensor
     token_mask_BL: Tensor
+    side: dict[str, Tensor]
 
 
 def positions(
@@ -49,10 +62,12 @@ def positions(
 
 def newest(
     held: SegmentTensors, times_N: Tensor, key_B: Tensor, num_B: Tensor, moment_B: Tensor,
-    token_ND: Tensor, available_us_N: Tensor, length: int, dtype: torch.dtype | None = None,
+    token_ND: Tensor, available_us_N: Tensor, sides: Sides, asked: Sequence[str], length: int,
+    dtype: torch.dtype | None = None,
 ) -> Newest:  # fmt: skip
-    """The last rows of each key's first `num`, left-padded, and their tokens (as `dtype`; None: as
-    stored): as `SegmentTensors.newest`, `IndexStore.gap_s_at` and `IndexStore.tokens_at` have it.
+    """The last rows of each key's first `num`, left-padded, their tokens (as `dtype`; None: as
+    stored) and the side columns asked for: as `SegmentTensors.newest`, `IndexStore.gap_s_at`,
+    `IndexStore.tokens_at` and `IndexStore.side_at` have it.
     """
     num, device = len(key_B), key_B.device
     row_BL = torch.empty((num, length), dtype=torch.int64, device=device)
@@ -60,13 +75,20 @@ def newest(
     gap_s_BL = torch.empty((num, length), dtype=torch.float32, device=device)
     width = token_ND.shape[1]
     token_BLD = token_ND.new_empty(num, length, width, dtype=dtype)
+    given = [name for name in sides.names if name in asked]
+    bits = sum(1 << sides.names.index(name) for name in given)
+    side_FBL = torch.empty((len(given), num, length), dtype=torch.int32, device=device)
     if row_BL.numel():
         _newest[(num, triton.cdiv(length, ROWS))](
             held.begin, times_N, key_B, num_B, moment_B, token_ND, available_us_N, row_BL, mask_BL,
-            gap_s_BL, token_BLD, token_mask_BL, length, width,
-            triton.next_power_of_2(max(width, 1)), ROWS,
+            gap_s_BL, token_BLD, token_mask_BL, sides.value_FN, sides.known_us_KN, side_FBL,
+            length, len(times_N), row_BL.numel(), width, triton.next_power_of_2(max(width, 1)),
+            ROWS, bits, len(sides.names), len(sides.names) - len(sides.known_us_KN),
         )  # fmt: skip
-    return Newest(row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL)
+    side = dict(zip(given, side_FBL.unbind(), strict=True))
+    return Newest(
+        row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL, {name: side[name] for name in asked}
+    )
 
 
 def tokens_at(
@@ -135,8 +157,9 @@ def _positions(
 @triton.jit
 def _newest(
     begin_K, time_N, key_B, num_B, moment_B, token_ND, available_N, row_BL, mask_BL, gap_s_BL,
-    token_BLD, token_mask_BL, length,
+    token_BLD, token_mask_BL, side_FN, known_KN, side_FBL, length, num_rows, num_steps,
     WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    ASKED: tl.constexpr, NUM_SIDES: tl.constexpr, NUM_PLAIN: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0).to(tl.int64)
     step = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -154,6 +177,17 @@ def _newest(
     is_published = is_event & (tl.load(available_N + row, is_event, 0) < moment)
     tl.store(token_mask_BL + at, is_published, is_step)
     _copy(token_ND, row, is_published, token_BLD, at, is_step, WIDTH, COLUMNS)
+    to = at
+    for side in tl.static_range(NUM_SIDES):
+        if (ASKED >> side) & 1:
+            place = row + side * (request * 0 + num_rows)  # in 64 bits
+            value = tl.load(side_FN + place, is_event, 0)
+            if side >= NUM_PLAIN:
+                known_at = row + (side - NUM_PLAIN) * (request * 0 + num_rows)
+                known = tl.load(known_KN + known_at, is_event, 0)
+                value = tl.where((value >= 0) & (known < moment), value + 1, 0)
+            tl.store(side_FBL + to, tl.where(is_event, value, 0), is_step)
+            to += num_steps
 
 
 @triton.jit

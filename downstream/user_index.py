@@ -243,6 +243,12 @@ class IndexStore:
         self.side = [*index.meta.side, *(f"label_{name}" for name in index.meta.labels)]
         self._fields: tuple[Tensor, Tensor] | None = None
         self.kernels, self.windows = _compiled(self.device, index)
+        if self.kernels:
+            self.sides = self.kernels.Sides(
+                self.side,
+                self._in_one_piece(self.side, torch.int32),
+                self._in_one_piece([f"label_time_us_{x}" for x in index.meta.labels], torch.int64),
+            )
         held = index.line(line) if line is not None else LineArrays.none(index.num_rows)
         self._bind(held.token, held.available_us, held.items)
 
@@ -355,15 +361,15 @@ class IndexStore:
             )  # fmt: skip
             return found if dtype is None else found._replace(token_BLD=found.token_BLD.to(dtype))
         if self.kernels:
-            row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL = self.kernels.newest(
-                self.users, times_N, user_B, num_B, as_of_B, token_ND, self.available_us_N, length,
-                dtype,
+            row_BL, mask_BL, gap_s_BL, token_BLD, token_mask_BL, side_of = self.kernels.newest(
+                self.users, times_N, user_B, num_B, as_of_B, token_ND, self.available_us_N,
+                self.sides, names, length, dtype,
             )  # fmt: skip
-        else:
-            row_BL, mask_BL = self.newest(user_B, num_B, length)
-            gap_s_BL = self.gap_s_at(row_BL, mask_BL, as_of_B)
-            token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
-            token_BLD = token_BLD[..., : token_ND.shape[1]].to(dtype or token_BLD.dtype)
+            return Tokens(token_BLD, mask_BL, token_mask_BL, gap_s_BL, side_of, row_BL)
+        row_BL, mask_BL = self.newest(user_B, num_B, length)
+        gap_s_BL = self.gap_s_at(row_BL, mask_BL, as_of_B)
+        token_BLD, token_mask_BL = self.tokens_at(row_BL, mask_BL, as_of_B)
+        token_BLD = token_BLD[..., : token_ND.shape[1]].to(dtype or token_BLD.dtype)
         side_of = {name: self.side_at(name, row_BL, mask_BL, as_of_B) for name in names}
         return Tokens(token_BLD, mask_BL, token_mask_BL, gap_s_BL, side_of, row_BL)
 
@@ -404,6 +410,14 @@ class IndexStore:
             is_known_BL = (value_BL >= 0) & (self._take(time_us_N, row_BL) < as_of_B[:, None])
             return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
         return torch.where(mask_BL, value_BL, 0)
+
+    def _in_one_piece(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        """[len(names), N] Some columns, which from now on lie there."""
+        found = torch.empty(len(names), self.num_rows, dtype=dtype, device=self.device)
+        for column_N, name in zip(found, names, strict=True):
+            column_N.copy_(self.columns[name])
+            self.columns[name] = column_N
+        return found
 
     def _known_us(self, name: str) -> Tensor | None:
         """[N] When each value of a label became known; None: the column is no label."""
