@@ -293,9 +293,9 @@ class RankerData:
             t.user_place_G[request_R], t.num_past_G[request_R], as_of_R, config.history_length,
             side=labels, has_tokens=has_tokens, dtype=torch.float32,
         )  # fmt: skip
-        row_RL, mask_RL = past.row_BL.clamp(min=0), past.mask_BL
+        row_RL, mask_RL = past.row_BL, past.mask_BL
         sequence = HistorySequence(
-            ids_RLF=t.side_NF[row_RL],
+            ids_RLF=store.rows_at(t.side_NF, row_RL),
             gap_s_RL=past.gap_s_BL,
             label_RLK=torch.stack([past.side[name] for name in labels], dim=-1),
             mask_RL=mask_RL,
@@ -306,6 +306,7 @@ class RankerData:
             ids_NS, numbers_NN = t.field_ids_NS, t.field_numbers_NN
             if ids_NS is None or numbers_NN is None:
                 raise InputError("this arm reads all logged fields; load the samples with them")
+            row_RL = row_RL.clamp(min=0)
             is_there_RL = self._published(row_RL, mask_RL, as_of_R)
             is_hidden_RL1 = ~is_there_RL[..., None]
             return sequence._replace(

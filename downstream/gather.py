@@ -107,6 +107,18 @@ def tokens_at(
     return token_BLD, token_mask_BL
 
 
+def rows_at(matrix_NF: Tensor, row_BL: Tensor) -> Tensor:
+    """[B, L, F]: as `IndexStore.rows_at`."""
+    width = matrix_NF.shape[1]
+    found_BLF = matrix_NF.new_empty(*row_BL.shape, width)
+    if found_BLF.numel():
+        _rows_at[(triton.cdiv(row_BL.numel(), ROWS),)](
+            matrix_NF, row_BL.contiguous(), found_BLF, row_BL.numel(), width,
+            triton.next_power_of_2(width), ROWS,
+        )  # fmt: skip
+    return found_BLF
+
+
 def side_at(
     column_N: Tensor, time_us_N: Tensor | None, row_BL: Tensor, mask_BL: Tensor, moment_B: Tensor
 ) -> Tensor:
@@ -214,6 +226,17 @@ def _tokens_at(
     is_published = is_event & (tl.load(available_N + row, is_event, 0) < moment)
     tl.store(token_mask_BL + at, is_published, is_asked)
     _copy(token_ND, row, is_published, token_BLD, at, is_asked, WIDTH, COLUMNS)
+
+
+@triton.jit
+def _rows_at(
+    matrix_NF, row_BL, found_BLF, num,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_asked = at < num
+    row = tl.maximum(tl.load(row_BL + at, is_asked, 0), 0)
+    _copy(matrix_NF, row, is_asked, found_BLF, at, is_asked, WIDTH, COLUMNS)
 
 
 @triton.jit

@@ -411,6 +411,12 @@ class IndexStore:
             return torch.where(mask_BL & is_known_BL, value_BL + 1, 0)
         return torch.where(mask_BL, value_BL, 0)
 
+    def rows_at(self, matrix_NF: Tensor, row_BL: Tensor) -> Tensor:
+        """[B, L, F] Rows of a matrix beside the index's arrays, contiguous; at padding row 0."""
+        if self.kernels:
+            return self.kernels.rows_at(matrix_NF, row_BL)
+        return matrix_NF[row_BL.clamp(min=0)]
+
     def _in_one_piece(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
         """[len(names), N] Some columns, which from now on lie there."""
         found = torch.empty(len(names), self.num_rows, dtype=dtype, device=self.device)

@@ -1,3 +1,4 @@
+import itertools
 import os
 from dataclasses import replace
 from datetime import date, timedelta
@@ -86,6 +87,40 @@ def test_the_index_says_bit_for_bit_what_its_plain_twin_says(
     twin = InMemoryTokenStore(rows, items=items, **SHAPE)
     index = IndexStore.from_rows(rows, items=items, device=device, **SHAPE)
     assert_same(asked_of(index, asked, length), asked_of(twin, asked, length))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_any_of_the_side_columns_come_as_they_are_asked_for(device: str) -> None:
+    draw = np.random.default_rng(0)
+    side, labels = ["f_a", "f_b"], ["buy", "click"]
+    rows = [
+        HistoryRow(
+            user_id=int(draw.integers(5)), event_time_us=at, instance_id=at, item_id=0,
+            side={name: int(draw.integers(9)) for name in side},
+            labels={
+                name: ((None, 0, 1)[draw.integers(3)], at + int(draw.integers(9)))
+                for name in labels
+            },
+        )
+        for at in range(400)
+    ]  # fmt: skip
+    store = IndexStore.from_rows(rows, width=2, side=side, labels=labels, device=device)
+    user, moment = torch.arange(-1, 7).repeat(50), torch.arange(400)
+    found = store.positions(user, moment)
+    all_names = ["f_a", "f_b", "label_buy", "label_click"]
+    for num in range(5):
+        for names in itertools.permutations(all_names, num):
+            given, plain = (
+                s.past(*found, moment.to(device), 90, side=names) for s in (store, store.plain())
+            )
+            assert list(given.side) == [*names] == list(plain.side)
+            for name in names:
+                assert torch.equal(given.side[name], plain.side[name])
+                assert given.side[name].count_nonzero() > 1000
+    matrix_NF = torch.from_numpy(draw.integers(0, 9, (400, 3))).int().to(device)
+    expected = matrix_NF[plain.row_BL.clamp(min=0)]
+    assert torch.equal(store.rows_at(matrix_NF, plain.row_BL), expected)
+    assert torch.equal(store.plain().rows_at(matrix_NF, plain.row_BL), expected)
 
 
 @settings(deadline=None, max_examples=80)
