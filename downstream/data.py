@@ -385,5 +385,5 @@ def with_shuffled_tokens(store: IndexStore, seed: int) -> IndexStore:
     taken, given = np.lexsort((available, day)), np.lexsort((noise, available, day))
     source = np.arange(store.num_rows)
     source[rows[taken]] = rows[given]
-    place = torch.from_numpy(source).to(store.device)
+    place = torch.from_numpy(source).to(store.token_ND.device)
     return store.with_tokens(store.token_ND[place], store.available_us_N)

@@ -2,7 +2,8 @@
 are the newest, and what those rows hold as of a moment.
 
 The plain path, in `user_index.py` and `segments.py`, says what these must give bit for bit.
-Arrays that have at least one row; segments in one piece (a device's index is compacted).
+Arrays that have at least one row; segments in one piece (a device's index is compacted). Tokens may
+lie in page-locked memory of the host: a kernel reads them over the bus.
 
 Shape legend: B requests, L sequence length, D token width, K keys, N rows of the arrays.
 """
@@ -74,7 +75,7 @@ def newest(
     mask_BL, token_mask_BL = torch.empty((2, num, length), dtype=torch.bool, device=device)
     gap_s_BL = torch.empty((num, length), dtype=torch.float32, device=device)
     width = token_ND.shape[1]
-    token_BLD = token_ND.new_empty(num, length, width, dtype=dtype)
+    token_BLD = token_ND.new_empty((num, length, width), dtype=dtype, device=device)
     given = [name for name in sides.names if name in asked]
     bits = sum(1 << sides.names.index(name) for name in given)
     side_FBL = torch.empty((len(given), num, length), dtype=torch.int32, device=device)
@@ -96,7 +97,7 @@ def tokens_at(
 ) -> tuple[Tensor, Tensor]:
     """(token_BLD, token_mask_BL): as `IndexStore.tokens_at`."""
     width = token_ND.shape[1]
-    token_BLD = token_ND.new_empty(*row_BL.shape, width)
+    token_BLD = token_ND.new_empty((*row_BL.shape, width), device=row_BL.device)
     token_mask_BL = torch.empty_like(mask_BL)
     if row_BL.numel():
         _tokens_at[(triton.cdiv(row_BL.numel(), ROWS),)](

@@ -45,6 +45,8 @@ IN_MEMORY = "memory"
 """The line's name in an index made from arrays."""
 LINE = 64
 """Bytes of a line of a processor's caches."""
+FILLED = 0.7
+"""Of a CUDA device's free memory, that tokens may take; the rest is for what is computed."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,8 @@ class IndexStore:
     """The TokenStore over a UserIndex, bound to one line (None: histories without tokens).
 
     On the CPU its tensors are the index's memory maps; on a CUDA device everything is resident, and
-    compacted first.
+    compacted first. Tokens that would take more than FILLED of the device's free memory lie in
+    page-locked memory of the host instead, and are read over the bus: the same, more slowly.
     """
 
     def __init__(
@@ -477,12 +480,23 @@ class IndexStore:
             raise ValueError(
                 f"items have width {items.decayed_sum.shape[1]}, tokens {token.shape[1]}"
             )
-        self.token_ND = self._resident(token)
+        self.token_ND = self._placed(token)
         self.available_us_N = self._resident(available)
         self.items = SegmentTensors(items.segments, self.device)
         self._item_available_us_R = self._resident(items.available_us)
         self._item_sum_RD = self._resident(items.decayed_sum)
         self._item_count_R = self._resident(items.decayed_count)
+
+    def _placed(self, token: Array | Tensor) -> Tensor:
+        """Tokens where a fetch reads them."""
+        is_far = self.device.type == "cuda" and not (isinstance(token, Tensor) and token.is_cuda)
+        if is_far and token.nbytes > FILLED * torch.cuda.mem_get_info(self.device)[0]:
+            held = np.asarray(token)
+            dtype = torch.from_numpy(np.empty(0, held.dtype)).dtype
+            found = torch.empty(held.shape, dtype=dtype, pin_memory=True)
+            np.copyto(found.numpy(), held)
+            return found
+        return self._resident(token)
 
     def _resident(self, array: Array | Tensor) -> Tensor:
         if isinstance(array, Tensor):
@@ -495,8 +509,8 @@ class IndexStore:
         """column[row] with any value at row -1."""
         if not len(column_N):
             return column_N.new_zeros(*row.shape, *column_N.shape[1:])
-        flat = column_N.index_select(0, row.clamp(min=0).flatten())
-        return flat.view(*row.shape, *column_N.shape[1:])
+        flat = column_N.index_select(0, row.clamp(min=0).flatten().to(column_N.device))
+        return flat.to(row.device).view(*row.shape, *column_N.shape[1:])
 
 
 def _check_lengths(*asked: Tensor) -> None:

@@ -123,6 +123,45 @@ def test_any_of_the_side_columns_come_as_they_are_asked_for(device: str) -> None
     assert torch.equal(store.plain().rows_at(matrix_NF, plain.row_BL), expected)
 
 
+@pytest.mark.gpu
+@NO_GPU
+def test_tokens_that_a_device_has_no_room_for_are_read_from_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("downstream.user_index.FILLED", 0)
+    draw = np.random.default_rng(0)
+    rows = [
+        HistoryRow(
+            user_id=int(draw.integers(5)), event_time_us=at, instance_id=at,
+            token=draw.standard_normal(3).tolist(), available_us=at + int(draw.integers(99)),
+        )
+        for at in range(400)
+    ]  # fmt: skip
+    on_host = IndexStore.from_rows(rows, width=3, device="cuda")
+    on_cpu = IndexStore.from_rows(rows, width=3)
+    assert on_host.token_ND.is_pinned()
+    assert on_host.available_us_N.is_cuda
+    user, moment = torch.arange(-1, 7).repeat(50), torch.arange(400)
+    expected = on_cpu.fetch(user, moment, 90)
+    assert expected.token_BLD.count_nonzero() > 1000
+    turned = on_cpu.token_ND.flip(0), on_cpu.available_us_N
+    for store, tokens in ((on_host, expected), (on_host.plain(), expected), (
+        on_host.with_tokens(*turned), on_cpu.with_tokens(*turned).fetch(user, moment, 90)
+    )):  # fmt: skip
+        found = store.fetch(user, moment, 90)
+        assert found.token_BLD.is_cuda
+        assert torch.equal(found.token_BLD.cpu(), tokens.token_BLD)
+        assert torch.equal(found.token_mask_BL.cpu(), tokens.token_mask_BL)
+    place = on_host.positions(user, moment)
+    wide = on_host.past(*place, moment.cuda(), 90, dtype=torch.float32)
+    assert torch.equal(wide.token_BLD.cpu(), expected.token_BLD.float())
+    none = on_host.past(*place, moment.cuda(), 90, has_tokens=False)
+    assert none.token_BLD.shape == (400, 90, 0)
+    assert torch.equal(none.row_BL, wide.row_BL)
+    monkeypatch.setattr("downstream.user_index.FILLED", 0.7)
+    assert IndexStore.from_rows(rows, width=3, device="cuda").token_ND.is_cuda
+
+
 @settings(deadline=None, max_examples=80)
 @given(rows=ROWS, new=ROWS, items=ITEMS, data=st.data(), as_of=MOMENT, user=st.integers(-2, 2))
 def test_nothing_of_the_future_moves_a_fetch(

@@ -22,7 +22,7 @@ WIDTHS = st.sampled_from([0, 1, 4, 16, 48])
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few requests are several parts."""
     monkeypatch.setattr(windows, "STEPS", 24)
-    monkeypatch.setattr(windows, "QUERIES", 3)
+    monkeypatch.setattr(windows, "QUERIES", 11)
 
 
 def store_of(log: Log, width: int) -> IndexStore:
